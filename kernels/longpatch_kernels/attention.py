@@ -1,0 +1,92 @@
+"""`lambda_attention`: check the arguments, choose an implementation, run it."""
+
+from torch import Tensor
+
+from . import blocked, reference
+from .inputs import LambdaInputs, checked_inputs
+
+IMPLEMENTATIONS = {"blocked": blocked, "reference": reference}
+
+
+def lambda_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int,
+    query_far: Tensor | None = None,
+    key_far: Tensor | None = None,
+    value_far: Tensor | None = None,
+    far_positions: Tensor | None = None,
+    far_mask: Tensor | None = None,
+    first_valid: Tensor | None = None,
+    ring_start: int = 0,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    far_distance: float | Tensor | None = None,
+    softcap: float | None = None,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Λ-shaped attention (LM-Infinite, arXiv 2308.16137, section 3): one softmax over a window and a far segment.
+
+    With window 3 and two far keys F (the sinks: tokens 0 and 1, scored by `query_far`), six queries see::
+
+        query 0   1 0 0 0 0 0      F marks where a token is seen as a far key: once its position has left the window.
+        query 1   1 1 0 0 0 0
+        query 2   1 1 1 0 0 0
+        query 3   F 1 1 1 0 0
+        query 4   F F 1 1 1 0
+        query 5   F F 0 1 1 1
+
+    Positions count from the oldest window key; query `i` of `n` stands at `m - n + i`, so keys in front of the queries
+    are a cache.
+
+    Args:
+        query: `[B, Hq, n, d]`, key and value: `[B, Hkv, m, d]`; Hq is a multiple of Hkv; m >= n. `key` is in time order,
+            wrapping at `ring_start`: its oldest entry is `key[:, :, ring_start]`.
+        window: number of most recent keys each query sees, itself included.
+        query_far: `[B, Hq, n, d]`, key_far and value_far: `[B, Hkv, f, d]`. A far key is seen once its position
+            (`far_positions`, `[f]` or `[B, f]`, may be negative, default 0..f-1) has left the query's window and
+            `far_mask` (`[B, Hq, n, f]`, True = allowed), where given, allows it.
+        first_valid: `[B]`, window keys before this position are left padding; may be negative.
+        scale: multiplies the scores; default `d ** -0.5`.
+        alibi_slopes: `[Hq]`; subtracts slope x distance, where a far key's distance is `far_distance` (a number, `[f]`
+            or `[B, f]`; default the window).
+        softcap: scores become `softcap * tanh(score / softcap)` (before ALiBi).
+        implementation: "auto" or a name in IMPLEMENTATIONS. One asked for by name that cannot run raises.
+
+    Returns:
+        out `[B, Hq, n, d]` in the query's dtype and lse `[B, Hq, n]` in float32 or better, both differentiable. A query
+        that sees no key gets 0 and -inf.
+
+    Raises:
+        ValueError: listing everything that is wrong with the arguments, or why the implementation cannot run.
+    """
+    inputs = checked_inputs(
+        query,
+        key,
+        value,
+        window=window,
+        query_far=query_far,
+        key_far=key_far,
+        value_far=value_far,
+        far_positions=far_positions,
+        far_mask=far_mask,
+        first_valid=first_valid,
+        ring_start=ring_start,
+        scale=scale,
+        alibi_slopes=alibi_slopes,
+        far_distance=far_distance,
+        softcap=softcap,
+    )
+    name = "blocked" if implementation == "auto" else implementation
+    if reasons := not_supported_reasons(name, inputs):
+        raise ValueError(f"lambda_attention: implementation {name!r} cannot run: " + "; ".join(reasons))
+    return IMPLEMENTATIONS[name].run(inputs)
+
+
+def not_supported_reasons(implementation: str, inputs: LambdaInputs) -> list[str]:
+    """Every reason why `implementation` cannot run these inputs; empty if it can."""
+    if implementation not in IMPLEMENTATIONS:
+        return [f"unknown; known are auto, {', '.join(IMPLEMENTATIONS)}"]
+    return IMPLEMENTATIONS[implementation].not_supported_reasons(inputs)

@@ -1,0 +1,151 @@
+"""The arguments of one Λ-attention call, checked once and handed whole to whichever implementation runs."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LambdaInputs:
+    """Shapes: B rows, Hq query heads, Hkv key heads, n queries, m window keys, f far keys, d head size.
+
+    Positions count from the oldest window key: window key `j` stands at position `j`, query `i` at `m - n + i`.
+    """
+
+    query: Tensor  # [B, Hq, n, d]
+    key: Tensor  # [B, Hkv, m, d]
+    value: Tensor  # [B, Hkv, m, d]
+    window: int
+    query_far: Tensor | None  # [B, Hq, n, d]
+    key_far: Tensor | None  # [B, Hkv, f, d]
+    value_far: Tensor | None  # [B, Hkv, f, d]
+    far_positions: Tensor | None  # [1 or B, f]
+    far_mask: Tensor | None  # [B, Hq, n, f]
+    first_valid: Tensor | None  # [B]
+    ring_start: int
+    scale: float
+    alibi_slopes: Tensor | None  # [Hq]
+    far_distance: Tensor | None  # [1 or B, f]
+    softcap: float | None
+
+    @property
+    def query_count(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def key_count(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    def in_time_order(self) -> "LambdaInputs":
+        """The same call with the ring unrolled, at the price of a copy of the keys and values."""
+        if self.ring_start == 0:
+            return self
+        key, value = (t.roll(-self.ring_start, dims=2) for t in (self.key, self.value))
+        return replace(self, key=key, value=value, ring_start=0)
+
+    def with_dtype(self, dtype: torch.dtype) -> "LambdaInputs":
+        """Every floating-point tensor cast to `dtype`; used to compute the reference in float64."""
+        changes = {}
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                changes[field.name] = tensor.to(dtype)
+        return replace(self, **changes)
+
+
+def checked_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int,
+    query_far: Tensor | None,
+    key_far: Tensor | None,
+    value_far: Tensor | None,
+    far_positions: Tensor | None,
+    far_mask: Tensor | None,
+    first_valid: Tensor | None,
+    ring_start: int,
+    scale: float | None,
+    alibi_slopes: Tensor | None,
+    far_distance: float | Tensor | None,
+    softcap: float | None,
+) -> LambdaInputs:
+    """Fill in defaults. Raises ValueError that lists everything that is wrong with the arguments."""
+    reasons = []
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim != 4:
+            reasons.append(f"{name} has shape {tuple(tensor.shape)}, expected [batch, heads, tokens, head_dim]")
+    if reasons:
+        raise _error(reasons)
+    batch, query_heads, queries, head_dim = query.shape
+    key_heads, keys = key.shape[1:3]
+
+    def expect(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]):
+        if tensor is not None and tuple(tensor.shape) not in shapes:
+            expected = " or ".join(str(list(shape)) for shape in shapes)
+            reasons.append(f"{name} has shape {list(tensor.shape)}, expected {expected}")
+
+    expect("key", key, (batch, key_heads, keys, head_dim))
+    expect("value", value, (batch, key_heads, keys, head_dim))
+    if query_heads % key_heads:
+        reasons.append(f"query has {query_heads} heads, not a multiple of the {key_heads} key heads")
+    if keys < queries:
+        reasons.append(f"{queries} queries but {keys} keys: every query's own key must be among the keys")
+    if window < 1:
+        reasons.append(f"window is {window}, must be at least 1")
+    if keys and not 0 <= ring_start < keys:
+        reasons.append(f"ring_start is {ring_start}, must lie in [0, {keys})")
+    given = [
+        name for name, t in (("query_far", query_far), ("key_far", key_far), ("value_far", value_far)) if t is not None
+    ]
+    if given and len(given) < 3:
+        reasons.append(f"query_far, key_far and value_far come together, got only {', '.join(given)}")
+    if key_far is not None and len(given) == 3:
+        far = key_far.shape[2]
+        expect("query_far", query_far, (batch, query_heads, queries, head_dim))
+        expect("key_far", key_far, (batch, key_heads, far, head_dim))
+        expect("value_far", value_far, (batch, key_heads, far, head_dim))
+        expect("far_positions", far_positions, (far,), (1, far), (batch, far))
+        expect("far_mask", far_mask, (batch, query_heads, queries, far))
+        if far_positions is None:
+            far_positions = torch.arange(far, device=query.device)
+        far_positions = far_positions.view(-1, far) if far_positions.numel() in (far, batch * far) else far_positions
+        if alibi_slopes is not None:
+            far_distance = torch.as_tensor(window if far_distance is None else far_distance, device=query.device)
+            far_distance = far_distance.expand(far) if far_distance.ndim == 0 else far_distance
+            expect("far_distance", far_distance, (far,), (1, far), (batch, far))
+            far_distance = far_distance.reshape(-1, far)
+    expect("first_valid", first_valid, (batch,))
+    expect("alibi_slopes", alibi_slopes, (query_heads,))
+    if softcap is not None and softcap <= 0:
+        reasons.append(f"softcap is {softcap}, must be positive")
+    if reasons:
+        raise _error(reasons)
+    return LambdaInputs(
+        query=query,
+        key=key,
+        value=value,
+        window=window,
+        query_far=query_far,
+        key_far=key_far,
+        value_far=value_far,
+        far_positions=far_positions if key_far is not None else None,
+        far_mask=far_mask if key_far is not None else None,
+        first_valid=first_valid,
+        ring_start=ring_start,
+        scale=head_dim**-0.5 if scale is None else scale,
+        alibi_slopes=alibi_slopes,
+        far_distance=far_distance if isinstance(far_distance, Tensor) else None,
+        softcap=softcap,
+    )
+
+
+def _error(reasons: list[str]) -> ValueError:
+    return ValueError("lambda_attention: " + "; ".join(reasons))

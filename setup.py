@@ -1,0 +1,33 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.15", "pyright>=1.1.400"],
+    "gguf": ["gguf>=0.10"],
+}
+
+setup(
+    name="longpatch",
+    version="0.1.0",
+    description="Make any Hugging Face causal language model read and write text of any length",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # kernels/ itself is not a package: transformers would mistake it for the PyPI package of that name.
+    packages=[*find_packages(include=["longpatch", "longpatch.*"]), "longpatch_kernels"],
+    package_dir={"longpatch_kernels": "kernels/longpatch_kernels"},
+    package_data={"longpatch.demo": ["model/*"]},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17,<6",
+        "peft>=0.19",
+        "safetensors>=0.5",
+        "einops>=0.8",
+        "matplotlib>=3.9",
+        "tqdm>=4.66",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["longpatch = longpatch.cli:main"]},
+)
