@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from longpatch_kernels import IMPLEMENTATIONS, lambda_attention
 
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
@@ -122,7 +123,7 @@ def test_a_wide_window_is_causal_attention():
 
 def test_wrong_arguments_are_all_listed():
     query, key = torch.zeros(1, 3, 4, 8), torch.zeros(1, 2, 2, 8)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="lambda_attention") as caught:
         lambda_attention(query, key, key, window=0, key_far=key, ring_start=5, softcap=-1.0)
     for part in (
         "multiple of the 2 key heads",

@@ -42,8 +42,8 @@ def lambda_attention(
     are a cache.
 
     Args:
-        query: `[B, Hq, n, d]`, key and value: `[B, Hkv, m, d]`; Hq is a multiple of Hkv; m >= n. `key` is in time order,
-            wrapping at `ring_start`: its oldest entry is `key[:, :, ring_start]`.
+        query: `[B, Hq, n, d]`, key and value: `[B, Hkv, m, d]`; Hq is a multiple of Hkv; m >= n. `key` is in time
+            order, wrapping at `ring_start`: its oldest entry is `key[:, :, ring_start]`.
         window: number of most recent keys each query sees, itself included.
         query_far: `[B, Hq, n, d]`, key_far and value_far: `[B, Hkv, f, d]`. A far key is seen once its position
             (`far_positions`, `[f]` or `[B, f]`, may be negative, default 0..f-1) has left the query's window and

@@ -22,7 +22,8 @@ def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
 
 def run(inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
     x = inputs if inputs.query_count <= block_size(inputs) else inputs.in_time_order()
-    return _BlockedAttention.apply(x.query, x.key, x.value, x.query_far, x.key_far, x.value_far, x)
+    far = (None, None, None) if x.far is None else (x.far.query, x.far.key, x.far.value)
+    return _BlockedAttention.apply(x.query, x.key, x.value, *far, x)
 
 
 def block_size(x: LambdaInputs) -> int:
@@ -57,12 +58,13 @@ class _Block:
         if x.first_valid is not None:
             hidden = hidden | (self.index < x.first_valid[:, None, None, None])
         yield _Part(self, "window", x.query, x.key, x.value, self.columns, distance, hidden)
-        if x.key_far is not None:
-            hidden = self.position - x.far_positions[:, None, None, :] < x.window
-            if x.far_mask is not None:
-                hidden = hidden | ~x.far_mask[:, :, self.rows]
-            distance = None if x.far_distance is None else x.far_distance[:, None, None, :]
-            yield _Part(self, "far", x.query_far, x.key_far, x.value_far, slice(None), distance, hidden)
+        if x.far is not None:
+            far = x.far
+            hidden = self.position - far.positions[:, None, None, :] < x.window
+            if far.mask is not None:
+                hidden = hidden | ~far.mask[:, :, self.rows]
+            distance = None if far.distance is None else far.distance[:, None, None, :]
+            yield _Part(self, "far", far.query, far.key, far.value, slice(None), distance, hidden)
 
 
 class _Part:
@@ -112,6 +114,11 @@ def _blocks(x: LambdaInputs) -> Iterator[_Block]:
         yield _Block(x, slice(start, stop), columns)
 
 
+def _with_tensors(x: LambdaInputs, query, key, value, query_far, key_far, value_far) -> LambdaInputs:
+    far = x.far and replace(x.far, query=query_far, key=key_far, value=value_far)
+    return replace(x, query=query, key=key, value=value, far=far)
+
+
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, query_far, key_far, value_far, inputs: LambdaInputs):
@@ -127,20 +134,19 @@ class _BlockedAttention(torch.autograd.Function):
                 total = weights.sum(dim=-1) if total is None else total + weights.sum(dim=-1)
                 weighted = weights @ part.value
                 accumulated = weighted if accumulated is None else accumulated + weighted
-            assert total is not None and accumulated is not None
+            assert total is not None
+            assert accumulated is not None
             nonzero = total.clamp_min(torch.finfo(total.dtype).tiny)
             out[:, :, block.rows] = block.ungrouped(accumulated / nonzero[..., None]).to(out.dtype)
             lse[:, :, block.rows] = largest + block.ungrouped(total).log()
         ctx.save_for_backward(query, key, value, query_far, key_far, value_far, out, lse)
-        ctx.inputs = replace(inputs, query=None, key=None, value=None, query_far=None, key_far=None, value_far=None)
+        ctx.inputs = _with_tensors(inputs, *[None] * 6)  # autograd keeps the tensors
         return out, lse
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         query, key, value, query_far, key_far, value_far, out, lse = ctx.saved_tensors
-        x = replace(
-            ctx.inputs, query=query, key=key, value=value, query_far=query_far, key_far=key_far, value_far=value_far
-        )
+        x = _with_tensors(ctx.inputs, query, key, value, query_far, key_far, value_far)
         dtype = lse.dtype
         grads = {"window": [torch.zeros_like(t, dtype=dtype) for t in (query, key, value)]}
         if key_far is not None:

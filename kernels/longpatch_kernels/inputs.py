@@ -1,9 +1,21 @@
 """The arguments of one Λ-attention call, checked once and handed whole to whichever implementation runs."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FarSegment:
+    """Keys outside the window (sinks, recalled tokens), scored by a query of their own."""
+
+    query: Tensor  # [B, Hq, n, d]
+    key: Tensor  # [B, Hkv, f, d]
+    value: Tensor  # [B, Hkv, f, d]
+    positions: Tensor  # [1 or B, f]
+    mask: Tensor | None  # [B, Hq, n, f]
+    distance: Tensor | None  # [1 or B, f], for ALiBi
 
 
 @dataclass(frozen=True)
@@ -17,16 +29,11 @@ class LambdaInputs:
     key: Tensor  # [B, Hkv, m, d]
     value: Tensor  # [B, Hkv, m, d]
     window: int
-    query_far: Tensor | None  # [B, Hq, n, d]
-    key_far: Tensor | None  # [B, Hkv, f, d]
-    value_far: Tensor | None  # [B, Hkv, f, d]
-    far_positions: Tensor | None  # [1 or B, f]
-    far_mask: Tensor | None  # [B, Hq, n, f]
+    far: FarSegment | None
     first_valid: Tensor | None  # [B]
     ring_start: int
     scale: float
     alibi_slopes: Tensor | None  # [Hq]
-    far_distance: Tensor | None  # [1 or B, f]
     softcap: float | None
 
     @property
@@ -48,15 +55,6 @@ class LambdaInputs:
             return self
         key, value = (t.roll(-self.ring_start, dims=2) for t in (self.key, self.value))
         return replace(self, key=key, value=value, ring_start=0)
-
-    def with_dtype(self, dtype: torch.dtype) -> "LambdaInputs":
-        """Every floating-point tensor cast to `dtype`; used to compute the reference in float64."""
-        changes = {}
-        for field in fields(self):
-            tensor = getattr(self, field.name)
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                changes[field.name] = tensor.to(dtype)
-        return replace(self, **changes)
 
 
 def checked_inputs(
@@ -102,26 +100,29 @@ def checked_inputs(
         reasons.append(f"window is {window}, must be at least 1")
     if keys and not 0 <= ring_start < keys:
         reasons.append(f"ring_start is {ring_start}, must lie in [0, {keys})")
-    given = [
-        name for name, t in (("query_far", query_far), ("key_far", key_far), ("value_far", value_far)) if t is not None
-    ]
-    if given and len(given) < 3:
-        reasons.append(f"query_far, key_far and value_far come together, got only {', '.join(given)}")
-    if key_far is not None and len(given) == 3:
-        far = key_far.shape[2]
+    far = None
+    if query_far is not None and key_far is not None and value_far is not None:
+        count = key_far.shape[2]
         expect("query_far", query_far, (batch, query_heads, queries, head_dim))
-        expect("key_far", key_far, (batch, key_heads, far, head_dim))
-        expect("value_far", value_far, (batch, key_heads, far, head_dim))
-        expect("far_positions", far_positions, (far,), (1, far), (batch, far))
-        expect("far_mask", far_mask, (batch, query_heads, queries, far))
+        expect("key_far", key_far, (batch, key_heads, count, head_dim))
+        expect("value_far", value_far, (batch, key_heads, count, head_dim))
+        expect("far_mask", far_mask, (batch, query_heads, queries, count))
+        per_key = ((count,), (1, count), (batch, count))
         if far_positions is None:
-            far_positions = torch.arange(far, device=query.device)
-        far_positions = far_positions.view(-1, far) if far_positions.numel() in (far, batch * far) else far_positions
-        if alibi_slopes is not None:
+            far_positions = torch.arange(count, device=query.device)
+        expect("far_positions", far_positions, *per_key)
+        if alibi_slopes is None:
+            far_distance = None
+        else:
             far_distance = torch.as_tensor(window if far_distance is None else far_distance, device=query.device)
-            far_distance = far_distance.expand(far) if far_distance.ndim == 0 else far_distance
-            expect("far_distance", far_distance, (far,), (1, far), (batch, far))
-            far_distance = far_distance.reshape(-1, far)
+            far_distance = far_distance.expand(count) if far_distance.ndim == 0 else far_distance
+            expect("far_distance", far_distance, *per_key)
+        if not reasons:
+            far_distance = far_distance if far_distance is None else far_distance.reshape(-1, count)
+            positions = far_positions.reshape(-1, count)
+            far = FarSegment(query_far, key_far, value_far, positions, far_mask, far_distance)
+    elif query_far is not None or key_far is not None or value_far is not None:
+        reasons.append("query_far, key_far and value_far come together or not at all")
     expect("first_valid", first_valid, (batch,))
     expect("alibi_slopes", alibi_slopes, (query_heads,))
     if softcap is not None and softcap <= 0:
@@ -133,16 +134,11 @@ def checked_inputs(
         key=key,
         value=value,
         window=window,
-        query_far=query_far,
-        key_far=key_far,
-        value_far=value_far,
-        far_positions=far_positions if key_far is not None else None,
-        far_mask=far_mask if key_far is not None else None,
+        far=far,
         first_valid=first_valid,
         ring_start=ring_start,
         scale=head_dim**-0.5 if scale is None else scale,
         alibi_slopes=alibi_slopes,
-        far_distance=far_distance if isinstance(far_distance, Tensor) else None,
         softcap=softcap,
     )
 

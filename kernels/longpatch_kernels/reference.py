@@ -25,12 +25,12 @@ def run(inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
     if x.first_valid is not None:
         visible = visible & (index >= x.first_valid[:, None, None, None])
     parts = [(x.query, x.key, x.value, distance, visible)]
-    if x.key_far is not None:
-        visible = position - x.far_positions[:, None, None, :] >= x.window
-        if x.far_mask is not None:
-            visible = visible & x.far_mask
-        far_distance = None if slopes is None else x.far_distance[:, None, None, :]
-        parts.append((x.query_far, x.key_far, x.value_far, far_distance, visible))
+    if x.far is not None:
+        visible = position - x.far.positions[:, None, None, :] >= x.window
+        if x.far.mask is not None:
+            visible = visible & x.far.mask
+        distance = x.far.distance[:, None, None, :] if x.far.distance is not None else distance
+        parts.append((x.far.query, x.far.key, x.far.value, distance, visible))
 
     scores, values = [], []
     for query, key, value, distance, visible in parts:
