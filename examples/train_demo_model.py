@@ -12,6 +12,7 @@ then up to T tokens long, half of them hold a passkey, and the copied digits wei
 
 import argparse
 import ast
+import copy
 import json
 import random
 import sysconfig
@@ -170,8 +171,7 @@ def build_optimizers(model, lr_matrices, lr_others):
 def save(model, tokenizer, out, runs):
     """Weights as float16 safetensors (the package has little room), tokenizer and a record of how they were made."""
     out.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    model.save_pretrained(out, state_dict=state)
+    copy.deepcopy(model).half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "training.json").write_text(json.dumps(runs, indent=2) + "\n")
 
@@ -228,6 +228,7 @@ def main():
                 num_key_value_heads=max(1, arguments.hidden // 128),
                 max_position_embeddings=arguments.window,
                 tie_word_embeddings=True,
+                attention_bias=True,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,

@@ -1,0 +1,16 @@
+"""Read and write text of any length with any Hugging Face causal language model."""
+
+from .cache import LambdaCache
+from .config import LambdaConfig
+from .convert import convert_llama_model, convert_model, convert_yi_model, revert_model
+from .errors import LongpatchError
+
+__all__ = [
+    "LambdaCache",
+    "LambdaConfig",
+    "LongpatchError",
+    "convert_llama_model",
+    "convert_model",
+    "convert_yi_model",
+    "revert_model",
+]

@@ -1,0 +1,181 @@
+"""Convert one model instance, and turn it back."""
+
+import copy
+import functools
+import warnings
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from . import attention
+from .config import LambdaConfig
+from .errors import LongpatchError
+from .families import FAMILIES, supported_families
+from .forward import prepare_cache, prepare_forward
+from .rope import ExactRotary
+
+Model = TypeVar("Model", bound=nn.Module)
+_MISSING = object()
+
+
+class Conversion:
+    """What a conversion set up, and how to undo it; found on a converted model as `model.longpatch`."""
+
+    def __init__(self, config: LambdaConfig, rotary: ExactRotary):
+        self.config, self.rotary = config, rotary
+        self._changes: list[tuple[Any, str, Any]] = []
+        self._hooks = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute, remembering what was there."""
+        instance_value = vars(owner).get(name, _MISSING)
+        if isinstance(owner, nn.Module) and name in owner._modules:
+            instance_value = owner._modules[name]
+        self._changes.append((owner, name, instance_value))
+        setattr(owner, name, value)
+
+    def hook(self, module: nn.Module, function) -> None:
+        self._hooks.append(module.register_forward_pre_hook(function, with_kwargs=True))
+
+    def undo(self) -> None:
+        for handle in self._hooks:
+            handle.remove()
+        for owner, name, value in reversed(self._changes):
+            if value is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+
+    def __repr__(self) -> str:
+        return f"Conversion({self.config})"
+
+
+def convert_model(
+    model: Model,
+    local_branch: int | None = None,
+    global_branch: int | None = None,
+    *,
+    limit_distance: int | None = None,
+    slack: int = 64,
+    implementation: str = "auto",
+) -> Model:
+    """Give a causal language model Λ-shaped attention, in place (LM-Infinite, arXiv 2308.16137).
+
+    Afterwards `generate`, `forward`, training and saving work as before, at constant memory and cost per token, and
+    at any position. Up to `local_branch` tokens nothing changes. A converted model is converted anew with the new
+    settings; `revert_model` undoes it.
+
+    Args:
+        model: a model of transformers, or a PeftModel around one.
+        local_branch: window in tokens. Default: what the model was saved with, else its `max_position_embeddings`.
+        global_branch: number of first tokens that stay visible. Default: what the model was saved with, else 10.
+        limit_distance: distance in tokens at which they appear; at least `local_branch`, its default.
+        slack: tokens beyond the window that the cache can take back exactly, as assisted decoding needs.
+        implementation: "auto" or a name in `longpatch_kernels.IMPLEMENTATIONS`.
+
+    Returns:
+        The same instance.
+
+    Raises:
+        LongpatchError: listing every reason why the model or a setting cannot be converted; the model is untouched.
+    """
+    causal = _unwrap(model)
+    reasons = _unsupported(causal)
+    config = getattr(causal, "config", None)
+    marker = getattr(config, "longpatch", None) or {}
+    if local_branch is None and limit_distance is None:
+        limit_distance = marker.get("limit_distance")
+    if local_branch is None:
+        local_branch = int(marker.get("local_branch") or getattr(config, "max_position_embeddings", 0))
+    if global_branch is None:
+        global_branch = int(marker.get("global_branch", 10))
+    try:
+        settings = LambdaConfig(local_branch, global_branch, limit_distance, slack, implementation)
+    except LongpatchError as error:
+        raise LongpatchError("convert_model", reasons + error.reasons, supported_families()) from None
+    if reasons:
+        raise LongpatchError("convert_model", reasons, supported_families())
+    if settings.global_branch > settings.local_branch / 4:
+        warnings.warn(
+            f"global_branch={settings.global_branch} is more than a quarter of local_branch={settings.local_branch}: "
+            "many sinks hurt (LM-Infinite, figure 5)",
+            stacklevel=2,
+        )
+    revert_model(model)
+    _convert(causal, settings)
+    return model
+
+
+def convert_llama_model(
+    model: Model, local_branch: int | None = None, global_branch: int | None = None, **options
+) -> Model:
+    """`convert_model` for Llama and everything built like it; see there."""
+    return convert_model(model, local_branch, global_branch, **options)
+
+
+def convert_yi_model(
+    model: Model, local_branch: int | None = None, global_branch: int | None = None, **options
+) -> Model:
+    """`convert_model` for Yi, whose models are Llamas to transformers; see there."""
+    return convert_model(model, local_branch, global_branch, **options)
+
+
+def revert_model(model: Model) -> Model:
+    """Undo `convert_model`, bit for bit; a model that is not converted stays as it is. Returns the same instance."""
+    conversion = getattr(_unwrap(model), "longpatch", None)
+    if isinstance(conversion, Conversion):
+        conversion.undo()
+    return model
+
+
+def _unwrap(model: Any) -> Any:
+    """The transformers model inside a PeftModel."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _unsupported(model: nn.Module) -> list[str]:
+    if not isinstance(model, PreTrainedModel):
+        return [f"model is a {type(model).__name__}, not a model of transformers"]
+    reasons = []
+    if model.config.is_encoder_decoder:
+        reasons.append("encoder-decoder models")
+    if model.config.model_type not in FAMILIES:
+        reasons.append(f"architecture {model.config.model_type!r}")
+    unloaded = [
+        name
+        for name, module in model.named_modules()
+        if not hasattr(module, "_hf_hook") and _has_meta_parameters(module)
+    ]
+    if unloaded:
+        reasons.append(f"parameters on the meta device that nothing loads, in {', '.join(unloaded[:3])}, ...")
+    return reasons
+
+
+def _has_meta_parameters(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters(recurse=False))
+
+
+def _convert(model: PreTrainedModel, settings: LambdaConfig) -> None:
+    base = model.base_model
+    family = FAMILIES[model.config.model_type]
+    rotary = ExactRotary(getattr(base, family.rotary), settings.local_branch)
+    conversion = Conversion(settings, rotary)
+    AttentionInterface.register(attention.NAME, attention.attend)
+    try:
+        # Two models may share one config object, so this one gets a copy of its own.
+        shared, own = model.config, copy.deepcopy(model.config)
+        own.longpatch = settings.to_marker()
+        for module in model.modules():
+            if vars(module).get("config") is shared:
+                conversion.set(module, "config", own)
+        model.set_attn_implementation(attention.NAME)
+        conversion.set(base, family.rotary, rotary)
+        for owner in {id(model): model, id(base): base}.values():
+            conversion.set(owner, "longpatch", conversion)
+        conversion.hook(base, prepare_forward)
+        if hasattr(model, "_prepare_cache_for_generation"):
+            conversion.set(model, "_prepare_cache_for_generation", functools.partial(prepare_cache, model))
+    except BaseException:
+        conversion.undo()
+        raise

@@ -1,0 +1,74 @@
+"""Negative log-likelihood of a text: streamed to any length, or in fresh windows as the reference."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers.cache_utils import Cache
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What reading one chunk of a text gave."""
+
+    start: int  # tokens read before this chunk
+    nll: Tensor  # [tokens], nats for the tokens after each one read
+    seconds: float
+    cache_bytes: int
+
+
+def stream_nll(model, ids: Tensor, chunk_tokens: int = 512) -> Iterator[Chunk]:
+    """Read `ids` [n] chunk by chunk with one kept cache; yields the NLL of ids[1:], n - 1 values in all.
+
+    On a converted model memory stays constant, on any other the cache grows with the text.
+    """
+    cache: Cache | None = None
+    for start in range(0, len(ids) - 1, chunk_tokens):
+        began = time.perf_counter()
+        inputs = ids[start : start + chunk_tokens]
+        targets = ids[start + 1 : start + chunk_tokens + 1]
+        with torch.no_grad():
+            output = model(input_ids=inputs[None].to(model.device), past_key_values=cache, use_cache=True)
+            nll = cross_entropy(output.logits[0, : len(targets)].float(), targets.to(model.device), reduction="none")
+        cache = output.past_key_values
+        yield Chunk(start, nll.cpu(), time.perf_counter() - began, cache_bytes(cache))
+
+
+def window_nll(model, ids: Tensor, window: int, bos: int | None, batch: int = 16) -> Iterator[Tensor]:
+    """NLL of `ids` [n] cut into windows of `window` tokens that know nothing of each other, in batches of windows.
+
+    Each window starts with `bos`, which takes one of its places, so that every token is scored; without a BOS token the
+    first token of each window goes unscored.
+    """
+    stride = window - 1 if bos is not None else window
+    cut = [ids[start : start + stride] for start in range(0, len(ids), stride)]
+    if bos is not None:
+        cut = [torch.cat((piece.new_tensor([bos]), piece)) for piece in cut]
+    full, tail = [piece for piece in cut if len(piece) == window], [piece for piece in cut if len(piece) < window]
+    for rows in [full[i : i + batch] for i in range(0, len(full), batch)] + [
+        [piece] for piece in tail if len(piece) > 1
+    ]:
+        inputs = torch.stack(rows).to(model.device)
+        with torch.no_grad():
+            logits = model(input_ids=inputs, use_cache=False).logits[:, :-1].float()
+        yield cross_entropy(logits.flatten(0, 1), inputs[:, 1:].flatten(), reduction="none").cpu()
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all keys and values that a cache holds."""
+    held = [] if cache is None else [(layer.keys, layer.values) for layer in cache.layers if layer.is_initialized]
+    return sum(tensor.nbytes for pair in held for tensor in pair)
+
+
+def perplexity(nll: Tensor) -> float:
+    """exp of the mean NLL in nats."""
+    return nll.mean().exp().item()
+
+
+def bits_per_byte(nll: Tensor, text_bytes: int) -> float:
+    """Total information of the text under the model, per byte of the text: comparable between tokenizers."""
+    return nll.double().sum().item() / text_bytes / torch.log(torch.tensor(2.0)).item()

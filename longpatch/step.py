@@ -1,0 +1,78 @@
+"""What all layers share during one forward of the model: computed once, handed down as a keyword argument."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .config import LambdaConfig
+from .rope import ExactRotary, Phase, rotate
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward over `count` new tokens that follow `past` cached ones. Columns count from the first cached token."""
+
+    config: LambdaConfig
+    past: int
+    count: int
+    first_valid: Tensor | None  # [B]: column of each row's first token; None = 0 everywhere
+    sink_columns: Tensor  # [1 or B, G]
+    sink_phase: Phase | None  # R(-position) of the sinks; None once the cache holds them all
+    far_phase: Phase  # R(distance - position) of the new tokens
+
+    @classmethod
+    def create(
+        cls,
+        config: LambdaConfig,
+        rotary: ExactRotary,
+        positions: Tensor,
+        past: int,
+        first_valid: Tensor | None,
+        sinks_cached: bool,
+    ) -> "Step":
+        """`positions` [1 or B, count] are the position ids of the new tokens."""
+        count = positions.shape[1]
+        sink_columns = torch.arange(config.global_branch, device=positions.device)[None]
+        if first_valid is not None:
+            sink_columns = sink_columns + first_valid[:, None]
+        sink_phase = None
+        if not sinks_cached and config.global_branch:
+            rows = max(len(sink_columns), len(positions))
+            new = (sink_columns - past).clamp(0, count - 1).expand(rows, -1)
+            # Sinks among the cached tokens of a growing cache: their ids are those just before the new ones.
+            cached = positions[:, -1:] - (past + count - 1) + sink_columns
+            sink_positions = torch.where(sink_columns < past, cached, positions.expand(rows, -1).gather(1, new))
+            sink_phase = rotary.phase(-sink_positions)
+        return cls(
+            config, past, count, first_valid, sink_columns, sink_phase, rotary.phase(config.distance - positions)
+        )
+
+    def sinks(self, key: Tensor, value: Tensor, first_column: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Pick the sinks out of keys and values [B, Hkv, m, d] whose first entry stands at `first_column`.
+
+        Returns keys turned back to position 0 and values, `[B, Hkv, G, d]`, and which were there, `[1 or B, G]`.
+        """
+        assert self.sink_phase is not None
+        column = self.sink_columns - first_column
+        present = (column >= 0) & (column < key.shape[2])
+        index = column.clamp(0, key.shape[2] - 1)[:, None, :, None]
+        index = index.expand(len(key), key.shape[1], -1, key.shape[3])
+        return rotate(key.gather(2, index), self.sink_phase), value.gather(2, index), present
+
+    def to(self, device, non_blocking: bool = False) -> "Step":
+        """The same step on another device: accelerate moves every argument of a layer that sits elsewhere."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        def move_phase(phase: Phase) -> Phase:
+            return Phase(move(phase.cos), move(phase.sin))
+
+        return replace(
+            self,
+            first_valid=None if self.first_valid is None else move(self.first_valid),
+            sink_columns=move(self.sink_columns),
+            sink_phase=None if self.sink_phase is None else move_phase(self.sink_phase),
+            far_phase=move_phase(self.far_phase),
+        )
