@@ -46,7 +46,7 @@ def attend(
         if layer is None:
             key_far, value_far, _ = step.sinks(key, value, first_column=oldest)
         else:
-            key_far, value_far = layer.sink_keys, layer.sink_values
+            key_far, value_far = layer.sinks(key, value, step)
         far = {
             "query_far": rotate(query, step.far_phase),
             "key_far": key_far,

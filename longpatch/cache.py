@@ -69,6 +69,17 @@ class LambdaLayer(CacheLayerMixin):
         held = self.ring_size if wrapped else self.length
         return self._ring(self.keys)[:, :, :held], self._ring(self.values)[:, :, :held]
 
+    def sinks(self, key: Tensor, value: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, Hkv, G, d] of the sinks; `key` and `value` are what `update` returned.
+
+        While gradients flow, sinks that came with this forward are taken from there: the cache holds detached copies.
+        """
+        if step.sink_phase is None or not (key.requires_grad or value.requires_grad):
+            return self.sink_keys, self.sink_values
+        fresh_keys, fresh_values, present = step.sinks(key, value, first_column=self.length - key.shape[2])
+        present = present[:, None, :, None]
+        return torch.where(present, fresh_keys, self.sink_keys), torch.where(present, fresh_values, self.sink_values)
+
     def _ring(self, states: Tensor) -> Tensor:
         return states[:, :, self.config.global_branch :]
 
