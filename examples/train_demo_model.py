@@ -106,38 +106,6 @@ class Windows:
         return rows[:, :-1], rows[:, 1:], torch.tensor(weights)
 
 
-@torch.no_grad()
-def seed_sinks(model, bos, sample, score=4.0):
-    """Let every head lean towards BOS from the start: models this small do not find attention sinks within hours.
-
-    BOS sees only itself, so at each layer its normed hidden state is one constant vector. A rank-one term in the key
-    projection answers to what sets it apart from other tokens, in the slowest rotary pair, where 256 tokens turn it by
-    0.03 rad; a query bias asks for it. `score` is what this adds to the attention logit of BOS. Training is then free
-    to keep or to undo it. `sample` [rows, tokens] are ordinary token ids.
-    """
-    normed = {}
-    handles = [
-        layer.input_layernorm.register_forward_hook(lambda _, __, output, i=i: normed.update({i: output}))
-        for i, layer in enumerate(model.model.layers)
-    ]
-    model(input_ids=sample.new_tensor([[bos]]), use_cache=False)
-    of_bos = {i: state[0, 0] for i, state in normed.items()}
-    model(input_ids=sample, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    for i, layer in enumerate(model.model.layers):
-        attention = layer.self_attn
-        others = normed[i][:, 1:].flatten(0, 1)
-        mean = others.mean(dim=0)
-        apart = of_bos[i] - mean * (of_bos[i] @ mean) / (mean @ mean)
-        size = (score / attention.scaling) ** 0.5
-        slowest = attention.head_dim - 1
-        attention.k_proj.weight.view(-1, attention.head_dim, len(mean))[:, slowest] += (
-            size * apart / (apart @ of_bos[i])
-        )
-        attention.q_proj.bias.view(-1, attention.head_dim)[:, slowest] += size
-
-
 def window_length(step, curriculum_steps, longest, rng):
     """64 and 96 tokens for the first three fifths of the curriculum, then 128 or `longest`, then always `longest`."""
     if step >= curriculum_steps:
@@ -229,7 +197,6 @@ def parse_arguments():
     parser.add_argument("--warmup-steps", type=int, default=50)
     parser.add_argument("--decay-fraction", type=float, default=0.3)
     parser.add_argument("--save-every", type=int, default=200)
-    parser.add_argument("--seed-sinks", action="store_true", help="give every head a leaning towards BOS to start with")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model (needs a C++ compiler)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -277,10 +244,6 @@ def main():
     print(json.dumps({"parameters": model.num_parameters(), **data}), flush=True)
 
     windows = Windows(sources, [0.95, 0.05], tokenizer, arguments.seed)
-    if arguments.seed_sinks:
-        seed_sinks(
-            model, tokenizer.bos_token_id, windows.batch(arguments.tokens_per_step, arguments.window, 0.0)[0].to(device)
-        )
     optimizers = build_optimizers(model, arguments.lr_matrices, arguments.lr_others)
     base_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     forward = torch.compile(model) if arguments.compile else model

@@ -120,10 +120,8 @@ def test_memory_is_the_documented_formula_after_any_number_of_tokens():
     expected = formula(2, 2, 16, 2)
     for _ in range(4):
         assert cache_bytes(cache) == expected
-        storages = {
-            t.untyped_storage().data_ptr(): t.untyped_storage() for x in cache.layers for t in (x.keys, x.values)
-        }
-        assert sum(storage.nbytes() for storage in storages.values()) == expected
+        storages = [t.untyped_storage() for layer in cache.layers for t in (layer.keys, layer.values)]
+        assert sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) == expected
         read_in_chunks(model, random_ids(2, 60), (60,), cache=cache)
 
 
@@ -143,12 +141,12 @@ class Largest(TorchDispatchMode):
 @torch.no_grad()
 def test_nothing_in_a_decoding_forward_grows_with_the_text():
     model, largest = converted(), []
-    for length in (50, 5000):
-        _, cache = read_in_chunks(model, random_ids(1, length), (50,))
+    for length in (50, 20_000):
+        _, cache = read_in_chunks(model, random_ids(1, length), (500,))
         with Largest() as mode:
             model(random_ids(1, 1), attention_mask=torch.ones(1, length + 1), past_key_values=cache)
         largest.append(mode.numel)
-    assert largest[0] == largest[1] < 5000
+    assert largest[0] == largest[1] < 20_000
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -253,9 +251,9 @@ def test_quantised_cache_is_refused():
         converted()(random_ids(1, 5), past_key_values=Fake())
 
 
-@pytest.mark.parametrize("implementation", ["static", "quantized", "sliding_window", "hybrid"])
+@pytest.mark.parametrize("implementation", ["static", "quantized", "sliding_window"])
 def test_cache_implementations_of_generate_are_refused(implementation):
-    with pytest.raises((LongpatchError, ValueError), match="cache_implementation|Invalid"):
+    with pytest.raises((LongpatchError, ValueError), match=r"cache_implementation"):
         converted().generate(random_ids(1, 5), max_new_tokens=2, cache_implementation=implementation)
 
 
