@@ -23,7 +23,7 @@ CHUNK_TOKENS = 512
 PREVIEW_CHARACTERS = 400
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reading:
     """One model's way through the text."""
 
@@ -32,6 +32,7 @@ class Reading:
     positions: list[int]  # end of each chunk
     cache_mb: list[float]  # after each chunk
     token_ms: list[float]  # mean over each chunk
+    continuation: str = ""
 
 
 def run(arguments: Namespace) -> None:
@@ -49,27 +50,31 @@ def run(arguments: Namespace) -> None:
             [f"{text_name} gives {len(ids)} tokens to read"],
             f"more than twice the training length, {2 * trained}",
         )
+    settings = {
+        "local_branch": arguments.local_branch,
+        "global_branch": arguments.global_branch,
+        "limit_distance": arguments.limit_distance,
+        "implementation": arguments.attn,
+    }
+    conversion = convert_model(model, **settings).longpatch.config  # refuses what cannot work before the long part
+    revert_model(model)
     prompt = ids[: min(4 * trained, trained + 2048, len(ids))]
-    print(f"{arguments.model}, trained on {trained:,} tokens, reads {len(ids):,} tokens of {text_name}", end="")
-    print(
-        f" twice and writes {arguments.new_tokens} more: about {_estimate(model, ids, arguments.new_tokens)}.",
-        flush=True,
-    )
+    needed = _estimate(model, ids, arguments.new_tokens)
+    print(f"{arguments.model}, trained on {trained:,} tokens, reads {len(ids):,} tokens of {text_name}", end=" ")
+    print(f"twice and writes {arguments.new_tokens} more: about {needed}.", flush=True)
 
-    settings = {"limit_distance": arguments.limit_distance, "implementation": arguments.attn}
-    readings, continuations = [], []
+    readings = []
     for label in ("original", "converted"):
         if label == "converted":
-            convert_model(model, arguments.local_branch or trained, arguments.global_branch, **settings)
+            convert_model(model, **settings)
         readings.append(_read(model, ids, label))
         set_seed(arguments.seed)
-        continuations.append(_continue(model, tokenizer, prompt, arguments.new_tokens))
-    conversion = model.longpatch.config
+        readings[-1].continuation = _continue(model, tokenizer, prompt, arguments.new_tokens)
     revert_model(model)
 
     print(_table(readings, trained))
-    for reading, continuation in zip(readings, continuations, strict=True):
-        print(f"\n{reading.label}, going on after {len(prompt):,} tokens:\n    {continuation}")
+    for reading in readings:
+        print(f"\n{reading.label}, going on after {len(prompt):,} tokens:\n    {reading.continuation}")
     draw(arguments.plot, readings, trained, f"{arguments.model} on {text_name}")
     print(f"\nPlot: {arguments.plot.resolve()}")
     if arguments.out:

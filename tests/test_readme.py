@@ -1,0 +1,38 @@
+"""What the README shows is what runs."""
+
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_snippets_run():
+    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        torch.manual_seed(0)
+        names = {}
+        exec(compile(snippet, "README.md", "exec"), names)
+        if "output" in names:
+            assert names["output"].shape[1] > 2 * names["model"].config.max_position_embeddings
+
+
+def test_the_file_tree_is_the_file_tree():
+    """Every path in the annotated tree exists, and every module of the listed folders is in it."""
+    tree = re.search(r"```text\n(longpatch/.*?)```", README, flags=re.DOTALL)
+    assert tree
+    listed: dict[str, set[str]] = {}
+    for line in tree[1].splitlines():
+        names = line.strip().split("  ")[0]
+        if line.startswith(" "):
+            listed[folder] |= set(names.split())
+        else:
+            folder = names
+            listed[folder] = set()
+    for folder, names in listed.items():
+        assert (ROOT / folder).is_dir()
+        modules = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+        assert not names or names == modules, folder
