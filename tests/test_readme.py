@@ -25,6 +25,7 @@ def test_the_file_tree_is_the_file_tree():
     tree = re.search(r"```text\n(longpatch/.*?)```", README, flags=re.DOTALL)
     assert tree
     listed: dict[str, set[str]] = {}
+    folder = ""
     for line in tree[1].splitlines():
         names = line.strip().split("  ")[0]
         if line.startswith(" "):
