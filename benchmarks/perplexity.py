@@ -79,6 +79,13 @@ def measure(model, ids: torch.Tensor, arm: str, bos: int | None, chunk: int) -> 
     return torch.cat(nll)
 
 
+def paired_difference(nll: torch.Tensor, baseline: torch.Tensor, block: int = 512) -> tuple[float, float]:
+    """Mean of `nll - baseline` over the same tokens, and its standard error from the means of blocks of tokens."""
+    difference = nll - baseline
+    blocks = difference[: len(difference) // block * block].view(-1, block).mean(dim=1)
+    return difference.mean().item(), (blocks.std() / len(blocks) ** 0.5).item()
+
+
 def main():
     arguments = parse_arguments()
     model, tokenizer = load_model(arguments.model)
@@ -104,11 +111,17 @@ def main():
             sum(result.seconds for result in of_arm),
         )
         mean = torch.tensor([perplexity(result.nll) for result in of_arm]).log().mean().exp().item()
-        print(f"{everything}   geometric mean of perplexities {mean:.2f}")
+        baseline = torch.cat([result.nll for result in results if result.arm == arguments.arms[0]])
+        difference, error = paired_difference(everything.nll, baseline)
+        print(f"{everything}   geometric mean {mean:.2f}, {difference:+.4f} +- {error:.4f} nats to {arguments.arms[0]}")
         records += everything.records(arguments)
-        settings = {"arm": arm, "tokens": arguments.tokens, "first": arguments.first}
-        metric = "perplexity_geometric_mean"
-        records.append(record(COMMAND, arguments.model, metric, mean, "1", len(of_arm), **settings))
+        settings = {"arm": arm, "tokens": arguments.tokens, "first": arguments.first, "baseline": arguments.arms[0]}
+        for metric, value, unit, n in (
+            ("perplexity_geometric_mean", mean, "1", len(of_arm)),
+            ("nll_difference", difference, "nat", len(baseline)),
+            ("nll_difference_standard_error", error, "nat", len(baseline)),
+        ):
+            records.append(record(COMMAND, arguments.model, metric, value, unit, n, **settings))
     if arguments.out:
         write_records(arguments.out, records)
 
