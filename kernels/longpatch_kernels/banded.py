@@ -6,7 +6,7 @@ log-sum-exp. Backward calls the kernel's own backward with the merged output and
 Shapes: S = batch x key heads, g query heads a key head, N blocks in one call, R queries a block, W keys a band.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -37,31 +37,39 @@ def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: None) -> Gradients:
+def backward(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor) -> Gradients:
     """Gradients of the inputs, through `out` alone: the kernel's backward takes no gradient of the log-sum-exp."""
-    assert grad_lse is None
     ordered = x.in_time_order()
-    grads = [t if t is None else torch.zeros_like(t, dtype=torch.float32) for t in x.tensors]
     if _is_causal(ordered):
-        query, key, value = _expanded(ordered)
-        grad_out, out = grad_out.reshape(query.shape), out.reshape(query.shape)
-        computed = _kernel_backward(
-            grad_out, query, key, value, out, lse.reshape(query.shape[:3]), 0.0, True, scale=x.scale
-        )
-        for grad, part in zip(grads, computed, strict=False):
-            shared = part.numel() // grad.numel()  # query heads that share the key head
-            grad.copy_(part.reshape(*grad.shape[:2], shared, *grad.shape[2:]).sum(dim=2))
-    else:
-        # exp(score - lse) is then 0 where a query sees nothing
-        lse = lse.masked_fill(lse.isneginf(), torch.inf)
-        for rows, dropped, part in _without_padding(ordered):
-            targets = [t if t is None else t[rows] for t in grads]
-            targets[1:3] = (t[:, :, dropped:] for t in targets[1:3])
-            for band in bands(part, in_backward=True):
-                _backward(part, band, out[rows], lse[rows], grad_out[rows], targets)
+        far = [t if t is None else torch.zeros_like(t) for t in x.tensors[3:]]
+        return *_causal_backward(ordered, out, lse, grad_out), *far
+    grads = _empty_gradients(x)
+    # exp(score - lse) is then 0 where a query sees nothing
+    lse = lse.masked_fill(lse.isneginf(), torch.inf)
+    for rows, dropped, part in _without_padding(ordered):
+        query, key, value, *far = (t[rows] for t in grads)
+        own = query, key[:, :, dropped:], value[:, :, dropped:], *far
+        for band in bands(part, in_backward=True):
+            _backward(part, band, out[rows], lse[rows], grad_out[rows], own)
+    query, key, value, *far = grads
     if ordered is not x:
-        grads[1:3] = (grad.roll(x.ring_start, dims=2) for grad in grads[1:3])
-    return tuple(grads)
+        key, value = key.roll(x.ring_start, dims=2), value.roll(x.ring_start, dims=2)
+    return query, key, value, *(far or [None] * 3)
+
+
+def _empty_gradients(x: LambdaInputs) -> list[Tensor]:
+    """In float32; those of queries are going to be written, those of keys and values added to."""
+    make = (torch.empty_like, torch.zeros_like, torch.zeros_like) * 2
+    return [new(t, dtype=torch.float32) for new, t in zip(make, x.tensors, strict=True) if t is not None]
+
+
+def _causal_backward(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor) -> list[Tensor]:
+    query, key, value = _expanded(x)
+    grad_out, out, lse = grad_out.reshape(query.shape), out.reshape(query.shape), lse.reshape(query.shape[:3])
+    of_query, *of_shared = _kernel_backward(grad_out, query, key, value, out, lse, 0.0, True, scale=x.scale)
+    # each key head collects from the query heads that share it
+    of_keys = (t.reshape(*x.key.shape[:2], x.group, *x.key.shape[2:]).sum(dim=2) for t in of_shared)
+    return [of_query.reshape(x.query.shape), *of_keys]
 
 
 def _is_causal(x: LambdaInputs) -> bool:
@@ -110,15 +118,14 @@ def _expanded(x: LambdaInputs) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def _far_hidden(x: LambdaInputs, band: Band) -> Tensor | None:
+def _far_hidden(x: LambdaInputs, far: FarSegment, band: Band) -> Tensor | None:
     """True where a far key is not to be seen, [N, S, g R, f]; None if the band's queries see all of them."""
-    assert x.far is not None
-    if x.far.mask is None and band.position - int(x.far.positions.max()) >= x.window:
+    if far.mask is None and band.position - int(far.positions.max()) >= x.window:
         return None
     position = torch.arange(band.position, band.position + band.rows.stop - band.rows.start)
-    hidden = position[:, None] - x.far.positions[:, None, None, :] < x.window
-    if x.far.mask is not None:
-        hidden = hidden | ~x.far.mask[:, :, band.rows]
+    hidden = position[:, None] - far.positions[:, None, None, :] < x.window
+    if far.mask is not None:
+        hidden = hidden | ~far.mask[:, :, band.rows]
     return band.of_rows(hidden.expand(*x.query.shape[:2], -1, -1))
 
 
@@ -126,48 +133,65 @@ def _float_mask(hidden: Tensor | None) -> Tensor | None:
     return None if hidden is None else torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
 
 
+def _window(x: LambdaInputs, band: Band) -> tuple[Tensor, Tensor]:
+    """One band's out [N, B, Hkv, g, R, d] and lse [N, B, Hkv, g, R] over window keys alone."""
+    if not band.width:
+        shape = band.view(x.query).shape
+        return x.query.new_zeros(shape), torch.full(shape[:-1], -torch.inf)
+    query, key, value = band.queries(x.query), band.keys(x.key), band.keys(x.value)
+    out, lse = _kernel(query, key, value, attn_mask=band.mask, scale=x.scale)
+    return band.split(out), band.split(lse)
+
+
+def _far(x: LambdaInputs, far: FarSegment, band: Band) -> tuple[Tensor, Tensor]:
+    """The same over far keys alone."""
+    whole = band.as_one_block()
+    hidden = _far_hidden(x, far, whole)
+    query, key, value = whole.queries(far.query), whole.shared(far.key), whole.shared(far.value)
+    out, lse = _kernel(query, key, value, attn_mask=_float_mask(hidden), scale=x.scale)
+    if hidden is not None:  # the kernel says 0 where a row sees nothing
+        lse = lse.masked_fill(hidden.all(dim=-1), -torch.inf)
+    out, lse = (whole.split(part)[0].unflatten(3, (band.count, band.block)).movedim(3, 0) for part in (out, lse))
+    return out, lse
+
+
 def _forward(x: LambdaInputs, band: Band, out: Tensor, lse: Tensor):
     """Write one band's rows of out and lse."""
     target, target_lse = band.view(out), band.view(lse)
-    if band.width:
-        query, key, value = band.queries(x.query), band.keys(x.key), band.keys(x.value)
-        part, part_lse = _kernel(query, key, value, attn_mask=band.mask, scale=x.scale)
-        part, part_lse = band.split(part), band.split(part_lse)
-    else:
-        part, part_lse = torch.zeros_like(target), torch.full_like(target_lse, -torch.inf)
-    if not _far_visible(x, band.last_position):
-        target.copy_(part)
-        target_lse.copy_(part_lse)
+    window, window_lse = _window(x, band)
+    if x.far is None or not _far_visible(x, band.last_position):
+        target.copy_(window)
+        target_lse.copy_(window_lse)
         return
-    hidden = _far_hidden(x, band)
-    query, key, value = band.queries(x.far.query), band.shared(x.far.key), band.shared(x.far.value)
-    far, far_lse = _kernel(query, key, value, attn_mask=_float_mask(hidden), scale=x.scale)
-    if hidden is not None:  # the kernel says 0 where a row sees nothing
-        far_lse = far_lse.masked_fill(hidden.all(dim=-1), -torch.inf)
-    far, far_lse = band.split(far), band.split(far_lse)
-    torch.logaddexp(part_lse, far_lse, out=target_lse)
-    weight = far_lse.sub(target_lse).exp_().nan_to_num_(nan=0.0)[..., None]
-    target.copy_(torch.lerp(part.float(), far.float(), weight))
+    far, far_lse = _far(x, x.far, band)
+    torch.logaddexp(window_lse, far_lse, out=target_lse)
+    weight = far_lse.sub_(target_lse).exp_().nan_to_num_(nan=0.0)[..., None]
+    if target.dtype == torch.float32:
+        torch.lerp(window, far, weight, out=target)
+    else:
+        target.copy_(torch.lerp(window.float(), far.float(), weight))
 
 
-def _backward(x: LambdaInputs, band: Band, out: Tensor, lse: Tensor, grad_out: Tensor, targets: list[Tensor]):
+def _backward(x: LambdaInputs, band: Band, out: Tensor, lse: Tensor, grad_out: Tensor, grads: Sequence[Tensor]):
     """Write one band's rows of the query gradients, add to the others."""
-    grad_query, grad_key, grad_value, grad_query_far, grad_key_far, grad_value_far = targets
-    grad_out, out, lse = band.queries(grad_out), band.queries(out), band.queries(lse)
     if band.width:
         query, key, value = band.queries(x.query), band.keys(x.key), band.keys(x.value)
-        of_query, of_key, of_value = _kernel_backward(
-            grad_out, query, key, value, out, lse, 0.0, False, attn_mask=band.mask, scale=x.scale
-        )
-        band.view(grad_query).copy_(band.split(of_query))
-        band.add_to_keys(grad_key, of_key)
-        band.add_to_keys(grad_value, of_value)
-    if _far_visible(x, band.last_position):
-        query, key, value = band.queries(x.far.query), band.shared(x.far.key), band.shared(x.far.value)
-        mask = _float_mask(_far_hidden(x, band))
-        of_query, of_key, of_value = _kernel_backward(
-            grad_out, query, key, value, out, lse, 0.0, False, attn_mask=mask, scale=x.scale
-        )
-        band.view(grad_query_far).copy_(band.split(of_query))
-        grad_key_far += of_key.sum(dim=0).view_as(grad_key_far)
-        grad_value_far += of_value.sum(dim=0).view_as(grad_value_far)
+        given = band.queries(grad_out), query, key, value, band.queries(out), band.queries(lse)
+        of_query, of_key, of_value = _kernel_backward(*given, 0.0, False, attn_mask=band.mask, scale=x.scale)
+        band.view(grads[0]).copy_(band.split(of_query))
+        band.add_to_keys(grads[1], of_key)
+        band.add_to_keys(grads[2], of_value)
+    else:
+        band.view(grads[0]).zero_()
+    if x.far is None:
+        return
+    if not _far_visible(x, band.last_position):
+        band.view(grads[3]).zero_()
+        return
+    query, key, value = band.queries(x.far.query), band.shared(x.far.key), band.shared(x.far.value)
+    given = band.queries(grad_out), query, key, value, band.queries(out), band.queries(lse)
+    mask = _float_mask(_far_hidden(x, x.far, band))
+    of_query, of_key, of_value = _kernel_backward(*given, 0.0, False, attn_mask=mask, scale=x.scale)
+    band.view(grads[3]).copy_(band.split(of_query))
+    grads[4].add_(of_key.sum(dim=0).view_as(grads[4]))
+    grads[5].add_(of_value.sum(dim=0).view_as(grads[5]))

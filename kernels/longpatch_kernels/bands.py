@@ -4,7 +4,7 @@ Shapes: S = batch x key heads, g query heads a key head, N blocks in one call, R
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,10 @@ class Band:
     @property
     def last_position(self) -> int:
         return self.position + self.rows.stop - self.rows.start - 1
+
+    def as_one_block(self) -> "Band":
+        """The same queries with no boundaries between them, against keys that all of them share."""
+        return replace(self, count=1)
 
     def of_rows(self, tensor: Tensor) -> Tensor:
         """`[B, Hq, N R, ...]` as `[N, S, g R, ...]`: copies only grouped heads, or a batch of transposed heads."""
@@ -103,11 +107,8 @@ def bands(x: LambdaInputs, in_backward: bool = False) -> Iterator[Band]:
         position, block = start + offset, min(size, queries - start)
         cut = max(0, window - 1 - position)  # columns before the first key
         count = min(most, (queries - start) // size) if cut == 0 and block == size else 1
-        part = (
-            mask[:block, cut : window - 1 + block].repeat(x.group, 1)
-            if x.group > 1
-            else (mask[:block, cut : window - 1 + block])
-        )
+        part = mask[:block, cut : window - 1 + block]
+        part = part.repeat(x.group, 1) if x.group > 1 else part
         rows = slice(start, start + count * block)
         yield Band(batch, x.group, count, rows, position, position - window + 1 + cut, part.shape[1], part)
         start = rows.stop

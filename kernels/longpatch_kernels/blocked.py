@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import banded, decode, general
-from .inputs import LambdaInputs
+from .inputs import Gradients, LambdaInputs
 
 
 def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
@@ -18,7 +18,7 @@ def run(inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
 def algorithm(x: LambdaInputs):
     """The rule, from shapes alone; each later line is slower and covers more.
 
-    decode: on a CPU, so few query rows per key head that reading the keys is all the work (`decode.MAX_ROWS`).
+    decode: on a CPU, one query, or few query rows a key head (`decode.MAX_ROWS`).
     banded: on a CPU, every other call without soft-cap and ALiBi, in a type that PyTorch's own CPU kernel takes.
     general: everything.
     """
@@ -45,10 +45,12 @@ class _BlockedAttention(torch.autograd.Function):
         return *gradients(ctx.inputs.with_tensors(*tensors), out, lse, grad_out, grad_lse), None
 
 
-def gradients(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None):
+def gradients(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None) -> Gradients:
     """Gradients of the six tensors of `x`, from the forward's results and the gradients of these (None: not used)."""
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    # PyTorch's kernel cannot take a gradient of lse
-    fast = grad_lse is None and algorithm(x) is banded
-    computed = (banded if fast else general).backward(x, out, lse, grad_out, grad_lse)
-    return tuple(None if t is None else g.to(t.dtype) for t, g in zip(x.tensors, computed, strict=True))
+    # PyTorch's kernel takes no gradient of lse
+    if grad_lse is None and algorithm(x) is banded:
+        computed = banded.backward(x, out, lse, grad_out)
+    else:
+        computed = general.backward(x, out, lse, grad_out, grad_lse)
+    return tuple(g if g is None else g.to(x.query.dtype) for g in computed)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .inputs import Gradients, LambdaInputs
+from .inputs import Gradients, LambdaInputs, computing_dtype
 
 SCORE_BYTES = 16 * 2**20  # one block of scores stays within a desktop CPU's last-level cache
 LARGEST_BLOCK = 256
@@ -34,7 +34,7 @@ class _Block:
 
     def grouped(self, tensor: Tensor) -> Tensor:
         """Rows of `[B, Hq, n, ...]` as `[B, Hkv, group * rows, ...]` in the computing dtype."""
-        part = tensor[:, :, self.rows].to(_computing_dtype(tensor.dtype))
+        part = tensor[:, :, self.rows].to(computing_dtype(tensor.dtype))
         return part.reshape(part.shape[0], -1, self.x.group * part.shape[2], *part.shape[3:])
 
     def ungrouped(self, tensor: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class _Part:
 
     def __init__(self, block, name, query, key, value, columns, distance, hidden):
         self.block, self.name, self.columns = block, name, columns
-        dtype = _computing_dtype(query.dtype)
+        dtype = computing_dtype(query.dtype)
         self.query = block.grouped(query)
         self.key = key[:, :, columns].to(dtype)
         self.value = value[:, :, columns].to(dtype)
@@ -88,10 +88,6 @@ class _Part:
         return grad.mul_(self.block.x.scale)
 
 
-def _computing_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _blocks(x: LambdaInputs) -> Iterator[_Block]:
     size, offset = block_size(x), x.key_count - x.query_count
     for start in range(0, x.query_count, size):
@@ -107,7 +103,7 @@ def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, n, d] and log-sum-exp [B, Hq, n]."""
     x = _ordered(x)
     out = torch.empty_like(x.query)
-    lse = torch.empty(x.query.shape[:3], dtype=_computing_dtype(x.query.dtype), device=x.query.device)
+    lse = torch.empty(x.query.shape[:3], dtype=computing_dtype(x.query.dtype), device=x.query.device)
     for block in _blocks(x):
         parts = list(block.parts())
         largest = torch.stack([part.scores.amax(dim=-1) for part in parts]).amax(dim=0)

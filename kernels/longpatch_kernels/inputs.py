@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # of query, key, value, query_far, key_far, value_far; the last three None where there is no far segment
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+Gradients = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class LambdaInputs:
             return self
         key, value = (t.roll(-self.ring_start, dims=2) for t in (self.key, self.value))
         return replace(self, key=key, value=value, ring_start=0)
+
+
+def computing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of scores, sums and log-sum-exp."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def checked_inputs(
