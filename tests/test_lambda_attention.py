@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longpatch_kernels import IMPLEMENTATIONS, blocked, lambda_attention
+from longpatch_kernels import IMPLEMENTATIONS, blocked, explain, lambda_attention
+from longpatch_kernels.bands import block_queries
+from longpatch_kernels.compiled import TENSORS
 
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
 
@@ -189,11 +191,108 @@ def test_bfloat16_is_as_good_as_the_dense_version(implementation, case):
         assert error(actual[name], expected[name]) <= bound, name
 
 
-def test_a_wide_window_is_causal_attention():
-    query, key, value = torch.randn(3, 2, 4, 50, 64).unbind()
-    out, _ = lambda_attention(query, key, value, window=50, implementation="blocked")
-    causal = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+@pytest.mark.parametrize("queries", [1, 50, 1100])
+@pytest.mark.parametrize("group", [1, 3])
+def test_a_wide_window_is_causal_attention(queries, group):
+    query = torch.randn(2, 2 * group, queries, 16)
+    key, value = torch.randn(2, 2, 2, queries, 16).unbind()
+    out, _ = lambda_attention(query, key, value, window=queries, implementation="blocked")
+    causal = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     torch.testing.assert_close(out, causal, atol=1e-5, rtol=1e-5)
+
+
+def long_call(queries=2000, window=800):
+    """A batch of two with different left padding, grouped heads and sinks that follow the padding."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        name: torch.randn(2, heads, tokens, 16, generator=generator)
+        for name, heads, tokens in (
+            ("query", 6, queries),
+            ("key", 2, queries),
+            ("value", 2, queries),
+            ("query_far", 6, queries),
+            ("key_far", 2, 4),
+            ("value_far", 2, 4),
+        )
+    }
+    first_valid = torch.tensor([0, 61])
+    return tensors | {
+        "window": window,
+        "first_valid": first_valid,
+        "far_positions": first_valid[:, None] + torch.arange(4),
+    }
+
+
+def test_chunks_over_a_cache_equal_one_call():
+    call = long_call()
+    whole, whole_lse = lambda_attention(**call)
+    for start, stop in ((0, 900), (900, 901), (901, 905), (905, 2000)):
+        first = max(0, start - 800)  # keys that no query of the chunk can see are not handed over
+        chunk = call | {name: call[name][:, :, start:stop] for name in ("query", "query_far")}
+        chunk |= {name: call[name][:, :, first:stop] for name in ("key", "value")}
+        chunk |= {name: call[name] - first for name in ("first_valid", "far_positions")}
+        out, lse = lambda_attention(**chunk)
+        torch.testing.assert_close(out, whole[:, :, start:stop], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse, whole_lse[:, :, start:stop], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_row_of_a_batch_equals_the_row_alone(row):
+    call = long_call()
+    padding = int(call["first_valid"][row])
+    alone = {name: call[name][row : row + 1] for name in ("key_far", "value_far")}
+    alone |= {name: call[name][row : row + 1, :, padding:] for name in ("query", "key", "value", "query_far")}
+    out, lse = lambda_attention(**call)
+    out_alone, lse_alone = lambda_attention(**alone, window=call["window"])
+    torch.testing.assert_close(out[row : row + 1, :, padding:], out_alone, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(lse[row : row + 1, :, padding:], lse_alone, atol=1e-6, rtol=1e-5)
+    assert (lse[row, :, :padding] == -torch.inf).all()
+
+
+def test_the_rule_between_algorithms():
+    def chosen(queries, keys, dtype=torch.float32, group=1, **options):
+        query, key = torch.zeros(1, 2 * group, queries, 8, dtype=dtype), torch.zeros(1, 2, keys, 8, dtype=dtype)
+        return explain(query, key, key, window=64, **options).splitlines()[0]
+
+    assert chosen(1, 500) == chosen(16, 500) == chosen(1, 500, group=32) == "auto runs blocked: decode"
+    assert chosen(17, 500) == chosen(2, 500, group=9) == "auto runs blocked: banded"
+    assert chosen(17, 500, dtype=torch.bfloat16) == "auto runs blocked: banded"
+    assert chosen(500, 500, dtype=torch.float64) == chosen(1, 500, softcap=3.0) == "auto runs blocked: general"
+    assert [block_queries(window, 1) for window in (16, 256, 1024)] == [64, 64, 192]
+    assert block_queries(1024, 3) == 64
+
+
+def differentiated(function, tensors, **options):
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+    out, lse = function(leaves, **options)
+    (out.square().sum() + lse.sum()).backward()
+    return out, lse, *(leaf.grad for leaf in leaves.values())
+
+
+def test_compile_as_one_graph_forward_and_backward():
+    def attend(tensors, window):
+        out, lse = lambda_attention(**{name: 2 * tensor for name, tensor in tensors.items()}, window=window)
+        return out + 1, lse
+
+    torch.compiler.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for queries in (300, 317):
+        call = long_call(queries, 100)
+        tensors = {name: call[name] for name in ("query", "key", "value", "query_far", "key_far", "value_far")}
+        expected = differentiated(attend, tensors, window=100)
+        with patch.object(blocked, "run", wraps=blocked.run) as ran:
+            actual = differentiated(compiled, tensors, window=100)
+        assert ran.call_count == 1
+        for mine, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_the_operator_keeps_what_it_says_about_itself():
+    call = long_call(40, 20)
+    tensors = [call[name].requires_grad_() for name in TENSORS.split()[:6]]
+    extra = (call["far_positions"], None, None, call["first_valid"], None)
+    options = (20, 0, 0.25, None, "blocked")
+    torch.library.opcheck(torch.ops.longpatch.lambda_attention.default, (*tensors, *extra, *options))
 
 
 def test_wrong_arguments_are_all_listed():

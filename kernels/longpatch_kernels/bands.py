@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .inputs import LambdaInputs
 
-BLOCK_QUERIES = (32, 64, 96, 128, 192)
+BLOCK_QUERIES = (64, 96, 128, 192)
 WIDE_ROWS = 192  # from so many rows on, the kernel works in tiles of 64 rows instead of 32
 NARROW_COST = 1.27  # measured: time per score in 32-row tiles over 64-row tiles
 CALL_BYTES = 4 * 2**20  # output of one call: still in cache when the far segment is merged into it

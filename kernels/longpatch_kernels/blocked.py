@@ -30,6 +30,11 @@ def algorithm(x: LambdaInputs):
     return general
 
 
+def explanation(x: LambdaInputs) -> str:
+    """Which algorithm `x` gets."""
+    return algorithm(x).__name__.rsplit(".", 1)[-1]
+
+
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, query_far, key_far, value_far, inputs: LambdaInputs):
@@ -48,8 +53,8 @@ class _BlockedAttention(torch.autograd.Function):
 def gradients(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None) -> Gradients:
     """Gradients of the six tensors of `x`, from the forward's results and the gradients of these (None: not used)."""
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    # PyTorch's kernel takes no gradient of lse
-    if grad_lse is None and algorithm(x) is banded:
+    # PyTorch's kernel takes no gradient of lse, which is often zeros that nobody asked for
+    if algorithm(x) is banded and (grad_lse is None or not grad_lse.any()):
         computed = banded.backward(x, out, lse, grad_out)
     else:
         computed = general.backward(x, out, lse, grad_out, grad_lse)
