@@ -11,7 +11,7 @@ from torch import Tensor
 from .inputs import LambdaInputs, computing_dtype
 
 MAX_ROWS = 16  # query rows a key head
-STEP_BYTES = 4 * 2**20  # keys of one step, in the computing type: still in cache when they are multiplied
+STEP_BYTES = 4 * 2**20  # keys converted in one step: still in cache when they are multiplied
 
 
 def suits(x: LambdaInputs) -> bool:
@@ -25,25 +25,33 @@ def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(x.query, memory_format=torch.contiguous_format)
     lse = out.new_empty(out.shape[:3], dtype=dtype)
     window_hidden, far_hidden = _window_hidden(x), _far_hidden(x)
-    for rows, heads in _steps(x):
-        scores = [_scores(x, x.query, x.key, window_hidden, rows, heads)]
+    for rows, heads in _steps(x, dtype):
+        parts = [_scores(x, x.query, x.key, window_hidden, rows, heads)]
         if x.far is not None:
-            scores.append(_scores(x, x.far.query, x.far.key, far_hidden, rows, heads))
-        total = torch.stack([part.logsumexp(dim=-1) for part in scores]).logsumexp(dim=0)
-        shift = total.masked_fill(total.isneginf(), 0.0)[..., None]
-        result = scores[0].sub_(shift).exp_() @ x.value[rows, heads].to(dtype)
+            parts.append(_scores(x, x.far.query, x.far.key, far_hidden, rows, heads))
+        scores = torch.cat(parts, dim=-1)
+        largest = scores.amax(dim=-1, keepdim=True)
+        largest.masked_fill_(largest.isneginf(), 0.0)
+        weights = scores.sub_(largest).exp_()
+        total = weights.sum(dim=-1, keepdim=True)
+        result = weights[..., : x.key_count] @ x.value[rows, heads].to(dtype)
         if x.far is not None:
-            result += scores[1].sub_(shift).exp_() @ x.far.value[rows, heads].to(dtype)
+            result += weights[..., x.key_count :] @ x.far.value[rows, heads].to(dtype)
+        result /= total.clamp_min(torch.finfo(dtype).tiny)
         _grouped(x, out)[rows, heads] = result.unflatten(2, (x.group, -1)).to(out.dtype)
-        _grouped(x, lse)[rows, heads] = total.unflatten(2, (x.group, -1))
+        _grouped(x, lse)[rows, heads] = largest.add_(total.log_()).squeeze(-1).unflatten(2, (x.group, -1))
     return out, lse
 
 
-def _steps(x: LambdaInputs) -> Iterator[tuple[slice, slice]]:
-    """Batch rows and key heads of one step: keys of about STEP_BYTES."""
+def _steps(x: LambdaInputs, dtype: torch.dtype) -> Iterator[tuple[slice, slice]]:
+    """Batch rows and key heads taken at once: everything, unless that would copy more than STEP_BYTES at a time."""
     batch, key_heads, keys, dim = x.key.shape
-    heads = max(1, STEP_BYTES // (keys * dim * computing_dtype(x.key.dtype).itemsize))
-    rows = max(1, heads // key_heads)
+    rows, heads = batch, key_heads
+    if x.key.dtype != dtype:
+        heads = max(1, STEP_BYTES // (keys * dim * dtype.itemsize))
+        rows = max(1, heads // key_heads)
+    elif not all(t.stride(0) == key_heads * t.stride(1) for t in (x.key, x.value)):
+        rows = 1  # a product over both would copy them
     for row in range(0, batch, rows):
         for head in range(0, key_heads, heads):
             yield slice(row, row + rows), slice(head, head + heads)
@@ -64,7 +72,7 @@ def _scores(x: LambdaInputs, query: Tensor, key: Tensor, hidden: Tensor | None, 
         hidden = hidden if len(hidden) == 1 else hidden[rows]
         hidden = hidden if hidden.shape[1] == 1 else hidden[:, heads]
         scores = scores.unflatten(2, (x.group, -1)).masked_fill(hidden, -torch.inf).flatten(2, 3)
-    return scores.contiguous()
+    return scores
 
 
 def _window_hidden(x: LambdaInputs) -> Tensor | None:
