@@ -12,13 +12,15 @@ def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
 
 
 def run(inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
-    return _BlockedAttention.apply(*inputs.tensors, inputs)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.tensors):
+        return _BlockedAttention.apply(*inputs.tensors, inputs)
+    return algorithm(inputs).forward(inputs)  # without autograd's bookkeeping, which a decode step would notice
 
 
 def algorithm(x: LambdaInputs):
     """The rule, from shapes alone; each later line is slower and covers more.
 
-    decode: on a CPU, one query, or few query rows a key head (`decode.MAX_ROWS`).
+    decode: on a CPU, a cache and one query, or few query rows a key head (`decode.MAX_ROWS`).
     banded: on a CPU, every other call without soft-cap and ALiBi, in a type that PyTorch's own CPU kernel takes.
     general: everything.
     """

@@ -15,8 +15,8 @@ STEP_BYTES = 4 * 2**20  # keys converted in one step: still in cache when they a
 
 
 def suits(x: LambdaInputs) -> bool:
-    """One query, or so few a key head that blocks would not pay."""
-    return x.query_count == 1 or x.query_count * x.group <= MAX_ROWS
+    """One query over a cache, or so few a key head that blocks would not pay."""
+    return x.query_count < x.key_count and (x.query_count == 1 or x.query_count * x.group <= MAX_ROWS)
 
 
 def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
