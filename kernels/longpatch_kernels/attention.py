@@ -1,11 +1,11 @@
 """`lambda_attention`: check the arguments, choose an implementation, run it."""
 
+import torch
 from torch import Tensor
 
-from . import blocked, reference
-from .inputs import LambdaInputs, checked_inputs
-
-IMPLEMENTATIONS = {"blocked": blocked, "reference": reference}
+from . import compiled
+from .implementations import IMPLEMENTATIONS, choose, explanation
+from .inputs import checked_inputs
 
 
 def lambda_attention(
@@ -79,14 +79,12 @@ def lambda_attention(
         far_distance=far_distance,
         softcap=softcap,
     )
-    name = "blocked" if implementation == "auto" else implementation
-    if reasons := not_supported_reasons(name, inputs):
-        raise ValueError(f"lambda_attention: implementation {name!r} cannot run: " + "; ".join(reasons))
+    name = choose(implementation, inputs)
+    if torch.compiler.is_compiling() and hasattr(IMPLEMENTATIONS[name], "gradients"):
+        return compiled.run(inputs, name)
     return IMPLEMENTATIONS[name].run(inputs)
 
 
-def not_supported_reasons(implementation: str, inputs: LambdaInputs) -> list[str]:
-    """Every reason why `implementation` cannot run these inputs; empty if it can."""
-    if implementation not in IMPLEMENTATIONS:
-        return [f"unknown; known are auto, {', '.join(IMPLEMENTATIONS)}"]
-    return IMPLEMENTATIONS[implementation].not_supported_reasons(inputs)
+def explain(query: Tensor, key: Tensor, value: Tensor, **options) -> str:
+    """What `lambda_attention(query, key, value, **options)` runs by "auto", and why not each other implementation."""
+    return explanation(checked_inputs(query, key, value, **options))

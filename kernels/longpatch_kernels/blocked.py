@@ -1,19 +1,10 @@
-"""Linear-time Λ-attention in plain PyTorch: queries in blocks, each against its own stretch of keys.
-
-Time and memory traffic grow with n * window, extra memory stays at one block of scores. Backward recomputes the scores
-from the saved log-sum-exp. Half-precision inputs are computed in float32.
-"""
-
-from collections.abc import Iterator
-from dataclasses import replace
+"""Λ-attention in PyTorch alone, linear in time and memory: which of three algorithms runs, and their gradients."""
 
 import torch
 from torch import Tensor
 
-from .inputs import LambdaInputs
-
-SCORE_BYTES = 16 * 2**20  # one block of scores stays within a desktop CPU's last-level cache
-LARGEST_BLOCK = 256
+from . import banded, decode, general
+from .inputs import Gradients, LambdaInputs
 
 
 def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
@@ -21,147 +12,52 @@ def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
 
 
 def run(inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
-    x = inputs if inputs.query_count <= block_size(inputs) else inputs.in_time_order()
-    far = (None, None, None) if x.far is None else (x.far.query, x.far.key, x.far.value)
-    return _BlockedAttention.apply(x.query, x.key, x.value, *far, x)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.tensors):
+        return _BlockedAttention.apply(*inputs.tensors, inputs)
+    return algorithm(inputs).forward(inputs)  # without autograd's bookkeeping, which a decode step would notice
 
 
-def block_size(x: LambdaInputs) -> int:
-    """Queries per block: as many as keep a block of scores within SCORE_BYTES, between 16 and LARGEST_BLOCK."""
-    batch, heads = x.query.shape[:2]
-    bytes_per_query = 4 * batch * heads * min(x.key_count, x.window + LARGEST_BLOCK)
-    return max(16, min(LARGEST_BLOCK, SCORE_BYTES // max(1, bytes_per_query)))
+def algorithm(x: LambdaInputs):
+    """The rule, from shapes alone; each later line is slower and covers more.
+
+    decode: on a CPU, a cache and one query, or few query rows a key head (`decode.MAX_ROWS`).
+    banded: on a CPU, every other call without soft-cap and ALiBi, in a type that PyTorch's own CPU kernel takes.
+    general: everything.
+    """
+    plain = x.query.device.type == "cpu" and x.softcap is None and x.alibi_slopes is None and x.query_count > 0
+    if plain and decode.suits(x):
+        return decode
+    if plain and x.query.dtype in banded.DTYPES:
+        return banded
+    return general
 
 
-class _Block:
-    """Scores and masks of queries `rows` against keys `columns`; heads of one group are rows of one matrix product."""
-
-    def __init__(self, x: LambdaInputs, rows: slice, columns: slice):
-        self.x, self.rows, self.columns = x, rows, columns
-        device = x.query.device
-        self.position = torch.arange(rows.start, rows.stop, device=device)[:, None] + x.key_count - x.query_count
-        index = torch.arange(columns.start, columns.stop, device=device)
-        self.index = (index - x.ring_start) % x.key_count if x.ring_start else index
-
-    def grouped(self, tensor: Tensor) -> Tensor:
-        """Rows of `[B, Hq, n, ...]` as `[B, Hkv, group * rows, ...]` in the computing dtype."""
-        part = tensor[:, :, self.rows].to(_computing_dtype(tensor.dtype))
-        return part.reshape(part.shape[0], -1, self.x.group * part.shape[2], *part.shape[3:])
-
-    def ungrouped(self, tensor: Tensor) -> Tensor:
-        return tensor.reshape(tensor.shape[0], -1, self.rows.stop - self.rows.start, *tensor.shape[3:])
-
-    def parts(self) -> Iterator["_Part"]:
-        x = self.x
-        distance = self.position - self.index  # [rows, columns]
-        hidden = (distance < 0) | (distance >= x.window)
-        if x.first_valid is not None:
-            hidden = hidden | (self.index < x.first_valid[:, None, None, None])
-        yield _Part(self, "window", x.query, x.key, x.value, self.columns, distance, hidden)
-        if x.far is not None:
-            far = x.far
-            hidden = self.position - far.positions[:, None, None, :] < x.window
-            if far.mask is not None:
-                hidden = hidden | ~far.mask[:, :, self.rows]
-            distance = None if far.distance is None else far.distance[:, None, None, :]
-            yield _Part(self, "far", far.query, far.key, far.value, slice(None), distance, hidden)
-
-
-class _Part:
-    """One block's scores against either the window or the far segment."""
-
-    def __init__(self, block, name, query, key, value, columns, distance, hidden):
-        self.block, self.name, self.columns = block, name, columns
-        dtype = _computing_dtype(query.dtype)
-        self.query = block.grouped(query)
-        self.key = key[:, :, columns].to(dtype)
-        self.value = value[:, :, columns].to(dtype)
-        x = block.x
-        scores = (self.query * x.scale) @ self.key.mT
-        if x.softcap is not None:
-            scores = x.softcap * torch.tanh(scores / x.softcap)
-            self.capped = scores / x.softcap
-        per_head = block.ungrouped(scores)
-        if x.alibi_slopes is not None:
-            per_head = per_head - x.alibi_slopes[:, None, None].to(dtype) * distance
-        self.scores = per_head.masked_fill_(hidden, -torch.inf)  # [B, Hq, rows, columns]
-
-    def weights(self, shift: Tensor) -> Tensor:
-        """exp(scores - shift) as `[B, Hkv, group * rows, columns]`; uses the scores up."""
-        weights = self.scores.sub_(shift[..., None]).exp_()
-        return weights.reshape(self.query.shape[:-1] + weights.shape[-1:])
-
-    def backward_scores(self, weights: Tensor, grad_out: Tensor, correction: Tensor) -> Tensor:
-        """Gradient of the scaled scores: P * (dO V^T - delta + dlse)."""
-        grad = (grad_out @ self.value.mT).sub_(correction[..., None]).mul_(weights)
-        if self.block.x.softcap is not None:
-            grad = grad * (1 - self.capped.square())
-        return grad.mul_(self.block.x.scale)
-
-
-def _computing_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _blocks(x: LambdaInputs) -> Iterator[_Block]:
-    size, offset = block_size(x), x.key_count - x.query_count
-    for start in range(0, x.query_count, size):
-        stop = min(start + size, x.query_count)
-        if x.ring_start:
-            columns = slice(0, x.key_count)
-        else:
-            columns = slice(max(0, start + offset - x.window + 1), stop + offset)
-        yield _Block(x, slice(start, stop), columns)
-
-
-def _with_tensors(x: LambdaInputs, query, key, value, query_far, key_far, value_far) -> LambdaInputs:
-    far = x.far and replace(x.far, query=query_far, key=key_far, value=value_far)
-    return replace(x, query=query, key=key, value=value, far=far)
+def explanation(x: LambdaInputs) -> str:
+    """Which algorithm `x` gets."""
+    return algorithm(x).__name__.rsplit(".", 1)[-1]
 
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, query_far, key_far, value_far, inputs: LambdaInputs):
-        out = torch.empty_like(query)
-        lse = torch.empty(query.shape[:3], dtype=_computing_dtype(query.dtype), device=query.device)
-        for block in _blocks(inputs):
-            parts = list(block.parts())
-            largest = torch.stack([part.scores.amax(dim=-1) for part in parts]).amax(dim=0)
-            largest = largest.masked_fill_(largest.isneginf(), 0.0)
-            total = accumulated = None
-            for part in parts:
-                weights = part.weights(largest)
-                total = weights.sum(dim=-1) if total is None else total + weights.sum(dim=-1)
-                weighted = weights @ part.value
-                accumulated = weighted if accumulated is None else accumulated + weighted
-            assert total is not None
-            assert accumulated is not None
-            nonzero = total.clamp_min(torch.finfo(total.dtype).tiny)
-            out[:, :, block.rows] = block.ungrouped(accumulated / nonzero[..., None]).to(out.dtype)
-            lse[:, :, block.rows] = largest + block.ungrouped(total).log()
+        out, lse = algorithm(inputs).forward(inputs)
         ctx.save_for_backward(query, key, value, query_far, key_far, value_far, out, lse)
-        ctx.inputs = _with_tensors(inputs, *[None] * 6)  # autograd keeps the tensors
+        ctx.inputs = inputs.with_tensors(*[None] * 6)  # autograd keeps the tensors
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
-        query, key, value, query_far, key_far, value_far, out, lse = ctx.saved_tensors
-        x = _with_tensors(ctx.inputs, query, key, value, query_far, key_far, value_far)
-        dtype = lse.dtype
-        grads = {"window": [torch.zeros_like(t, dtype=dtype) for t in (query, key, value)]}
-        if key_far is not None:
-            grads["far"] = [torch.zeros_like(t, dtype=dtype) for t in (query_far, key_far, value_far)]
-        correction = (grad_out.to(dtype) * out.to(dtype)).sum(dim=-1) - grad_lse
-        shift = lse.masked_fill(lse.isneginf(), 0.0)
-        for block in _blocks(x):
-            block_grad, block_correction = block.grouped(grad_out), block.grouped(correction)
-            for part in block.parts():
-                grad_query, grad_key, grad_value = grads[part.name]
-                weights = part.weights(shift[:, :, block.rows])
-                grad_value[:, :, part.columns] += weights.mT @ block_grad
-                grad_scores = part.backward_scores(weights, block_grad, block_correction)
-                grad_key[:, :, part.columns] += grad_scores.mT @ part.query
-                grad_query[:, :, block.rows] += block.ungrouped(grad_scores @ part.key)
-        window = [grad.to(query.dtype) for grad in grads["window"]]
-        far = [grad.to(query.dtype) for grad in grads["far"]] if key_far is not None else [None] * 3
-        return *window, *far, None
+        *tensors, out, lse = ctx.saved_tensors
+        return *gradients(ctx.inputs.with_tensors(*tensors), out, lse, grad_out, grad_lse), None
+
+
+def gradients(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None) -> Gradients:
+    """Gradients of the six tensors of `x`, from the forward's results and the gradients of these (None: not used)."""
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    # PyTorch's kernel takes no gradient of lse, which is often zeros that nobody asked for
+    if algorithm(x) is banded and (grad_lse is None or not grad_lse.any()):
+        computed = banded.backward(x, out, lse, grad_out)
+    else:
+        computed = general.backward(x, out, lse, grad_out, grad_lse)
+    return tuple(g if g is None else g.to(x.query.dtype) for g in computed)

@@ -5,6 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+# of query, key, value, query_far, key_far, value_far; the last three None where there is no far segment
+Gradients = tuple[Tensor | None, ...]
+
 
 @dataclass(frozen=True)
 class FarSegment:
@@ -49,6 +52,16 @@ class LambdaInputs:
         """Query heads that share one key head."""
         return self.query.shape[1] // self.key.shape[1]
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The six tensors that gradients flow to; None where there is no far segment."""
+        far = (None, None, None) if self.far is None else (self.far.query, self.far.key, self.far.value)
+        return self.query, self.key, self.value, *far
+
+    def with_tensors(self, query, key, value, query_far, key_far, value_far) -> "LambdaInputs":
+        far = self.far and replace(self.far, query=query_far, key=key_far, value=value_far)
+        return replace(self, query=query, key=key, value=value, far=far)
+
     def in_time_order(self) -> "LambdaInputs":
         """The same call with the ring unrolled, at the price of a copy of the keys and values."""
         if self.ring_start == 0:
@@ -57,23 +70,28 @@ class LambdaInputs:
         return replace(self, key=key, value=value, ring_start=0)
 
 
+def computing_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of scores, sums and log-sum-exp."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def checked_inputs(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
     window: int,
-    query_far: Tensor | None,
-    key_far: Tensor | None,
-    value_far: Tensor | None,
-    far_positions: Tensor | None,
-    far_mask: Tensor | None,
-    first_valid: Tensor | None,
-    ring_start: int,
-    scale: float | None,
-    alibi_slopes: Tensor | None,
-    far_distance: float | Tensor | None,
-    softcap: float | None,
+    query_far: Tensor | None = None,
+    key_far: Tensor | None = None,
+    value_far: Tensor | None = None,
+    far_positions: Tensor | None = None,
+    far_mask: Tensor | None = None,
+    first_valid: Tensor | None = None,
+    ring_start: int = 0,
+    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    far_distance: float | Tensor | None = None,
+    softcap: float | None = None,
 ) -> LambdaInputs:
     """Fill in defaults. Raises ValueError that lists everything that is wrong with the arguments."""
     reasons = []

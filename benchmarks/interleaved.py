@@ -1,0 +1,120 @@
+"""Timing of peers in turns within one process, each only after its result was checked; one JSON line a measurement."""
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from os import getloadavg
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+@dataclass
+class Peer:
+    """One way to do a case's work: `run` is what is timed, `verify` raises if its result is wrong."""
+
+    name: str
+    run: Callable[[], object]
+    verify: Callable[[], None]
+
+
+@dataclass
+class Case:
+    """One table row: `setup` makes the inputs and returns the peers, the baseline first."""
+
+    name: str
+    settings: dict
+    setup: Callable[[], list[Peer]]
+
+
+def measure(cases: Iterable[Case], rounds: int, seconds: float, output: Path | None) -> list[dict]:
+    """Records of all cases: every peer is verified, then timed once a round, the order turning by one each round.
+
+    A case stops after `rounds` rounds, or after `seconds` once it has three.
+    """
+    records = []
+    bar = tqdm(list(cases), unit="case")
+    for case in bar:
+        bar.set_description(case.name)
+        torch.manual_seed(0)
+        peers = case.setup()
+        first_ms = {peer.name: _milliseconds(peer.verify) for peer in peers}
+        times = {peer.name: [] for peer in peers}
+        started = time.perf_counter()
+        for turn in range(rounds):
+            if turn >= 3 and time.perf_counter() - started > seconds:
+                break
+            for index in range(len(peers)):
+                peer = peers[(index + turn) % len(peers)]
+                times[peer.name].append(_milliseconds(peer.run))
+        baseline = _quantile(times[peers[0].name], 0.5)
+        for peer in peers:
+            record = _record(case, peer.name, times[peer.name], baseline, first_ms[peer.name])
+            records.append(record)
+            if output:
+                with output.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+    return records
+
+
+def table(records: list[dict]) -> str:
+    """Markdown: a row a case, a column a peer, median milliseconds and how many times faster than the baseline."""
+    peers = list(dict.fromkeys(record["settings"]["peer"] for record in records))
+    cells: dict[str, dict[str, str]] = {}
+    for record in records:
+        text = f"{record['value']:.3g} ({record['speedup']:.2f}x)"
+        cells.setdefault(record["settings"]["case"], {})[record["settings"]["peer"]] = text
+    lines = ["| case | " + " | ".join(peers) + " |", "|---" * (len(peers) + 1) + "|"]
+    lines += [f"| {case} | " + " | ".join(row.get(peer, "") for peer in peers) + " |" for case, row in cells.items()]
+    return "\n".join(lines)
+
+
+def _milliseconds(function: Callable) -> float:
+    started = time.perf_counter()
+    function()
+    return 1000 * (time.perf_counter() - started)
+
+
+def _quantile(times: list[float], fraction: float) -> float:
+    return torch.tensor(times, dtype=torch.float64).quantile(fraction).item()
+
+
+def _record(case: Case, peer: str, times: list[float], baseline_ms: float, first_ms: float) -> dict:
+    median = _quantile(times, 0.5)
+    return {
+        "command": "benchmarks.attention",
+        "settings": {"case": case.name, "peer": peer, **case.settings},
+        "metric": "latency",
+        "value": median,
+        "unit": "ms",
+        "p20": _quantile(times, 0.2),
+        "p80": _quantile(times, 0.8),
+        "speedup": baseline_ms / median,
+        "first_call_ms": first_ms,
+        "n": len(times),
+        "seed": 0,
+        "load_average": getloadavg()[0],
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": f"{_processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _commit() -> str:
+    """Short hash of the checkout, with "+" where files differ from it."""
+    root = Path(__file__).parent
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=root, capture_output=True, text=True
+    )
+    return described.stdout.strip() or "unknown"

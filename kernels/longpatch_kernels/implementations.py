@@ -1,0 +1,43 @@
+"""The implementations by name, and how "auto" chooses among them.
+
+Each is a module with `not_supported_reasons(inputs)`, `run(inputs) -> (out, lse)`, differentiable, and, where the
+forward's results suffice for it, `gradients(inputs, out, lse, grad_out, grad_lse)` of the six `inputs.tensors`.
+"""
+
+from types import ModuleType
+
+from . import blocked, reference
+from .inputs import LambdaInputs
+
+IMPLEMENTATIONS: dict[str, ModuleType] = {"blocked": blocked, "reference": reference}
+AUTO = ("blocked",)  # best first
+
+
+def not_supported_reasons(implementation: str, inputs: LambdaInputs) -> list[str]:
+    """Every reason why `implementation` cannot run these inputs; empty if it can."""
+    if implementation not in IMPLEMENTATIONS:
+        return [f"unknown; known are auto, {', '.join(IMPLEMENTATIONS)}"]
+    return IMPLEMENTATIONS[implementation].not_supported_reasons(inputs)
+
+
+def choose(implementation: str, inputs: LambdaInputs) -> str:
+    """The name of what runs: the one asked for, or for "auto" the first of AUTO that can. Raises ValueError if none."""
+    if implementation == "auto":
+        return next(name for name in AUTO if not not_supported_reasons(name, inputs))
+    if reasons := not_supported_reasons(implementation, inputs):
+        raise ValueError(f"lambda_attention: implementation {implementation!r} cannot run: " + "; ".join(reasons))
+    return implementation
+
+
+def explanation(inputs: LambdaInputs) -> str:
+    """What "auto" runs for these inputs and why it passed over the others, one line each."""
+    chosen = choose("auto", inputs)
+    detail = IMPLEMENTATIONS[chosen]
+    lines = [f"auto runs {chosen}" + (f": {detail.explanation(inputs)}" if hasattr(detail, "explanation") else "")]
+    for name in IMPLEMENTATIONS:
+        if name != chosen:
+            reasons = not_supported_reasons(name, inputs)
+            if not reasons:
+                reasons = [f"could run, {chosen} is preferred" if name in AUTO else "only runs when asked for by name"]
+            lines.append(f"not {name}: " + "; ".join(reasons))
+    return "\n".join(lines)
