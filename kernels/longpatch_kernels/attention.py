@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from . import blocked, reference
+from . import blocked, reference, triton_attention
 from .inputs import LambdaInputs, checked_inputs
 
-IMPLEMENTATIONS = {"blocked": blocked, "reference": reference}
+IMPLEMENTATIONS = {"triton": triton_attention, "blocked": blocked, "reference": reference}
 
 
 def lambda_attention(
