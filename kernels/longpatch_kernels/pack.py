@@ -1,10 +1,11 @@
 """Tensors of one call as the named tuples that the Triton kernels take."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import tuning
 from .inputs import FarSegment, LambdaInputs
 
 
@@ -43,12 +44,34 @@ NO_FAR = Far(None, None, None, None, None, 0, None, 0, 0)
 
 
 def rows(tensor: Tensor) -> Rows:
-    return Rows(tensor, *tensor.stride()[:3])
+    """Copies the tensor only where its last axis is strided."""
+    dense = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return Rows(dense, *dense.stride()[:3])
 
 
-def dense_last(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy where its last axis is strided."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def tiles(tensors: tuple[Tensor, ...], block: int, tma: bool) -> tuple[list[Any], bool]:
+    """Tensors whose tiles of `block` rows a kernel walks, and whether it does so by Hopper's copy engine.
+
+    That engine wants addresses and strides in multiples of 16 bytes; others are read through pointers.
+    """
+    if tma and all(_aligned(tensor) for tensor in tensors):
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        shape = [1, 1, block, tensors[0].shape[-1]]
+        return [TensorDescriptor(t, list(t.shape), _strides(t), shape) for t in tensors], True
+    return [rows(tensor) for tensor in tensors], False
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Strides, but 16 for axes of length 1, whose strides mean nothing and may be odd."""
+    *outer, last = zip(tensor.stride(), tensor.shape, strict=True)
+    return [16 if length == 1 else stride for stride, length in outer] + [last[0]]
+
+
+def _aligned(tensor: Tensor) -> bool:
+    dim, size = tensor.shape[-1], tensor.element_size()
+    whole = dim == tuning.padded(dim) and tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0
+    return whole and all(stride > 0 and stride * size % 16 == 0 for stride in _strides(tensor)[:3])
 
 
 def far(segment: FarSegment | None) -> Far:
@@ -56,11 +79,11 @@ def far(segment: FarSegment | None) -> Far:
         return NO_FAR
     positions, distance = segment.positions.contiguous(), segment.distance
     distance = None if distance is None else distance.to(torch.float32).contiguous()
-    mask = None if segment.mask is None else rows(dense_last(segment.mask.view(torch.uint8)))
+    mask = None if segment.mask is None else rows(segment.mask.view(torch.uint8))
     return Far(
-        rows(dense_last(segment.query)),
-        rows(dense_last(segment.key)),
-        rows(dense_last(segment.value)),
+        rows(segment.query),
+        rows(segment.key),
+        rows(segment.value),
         mask,
         positions,
         positions.stride(0) if len(positions) > 1 else 0,

@@ -32,6 +32,27 @@ def tile_bounds(first, full_first, full_stop, stop, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def tile_count(bounds, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Tiles that need the mask, at either edge of the window, or those that do not."""
+    first, full_first, full_stop, stop = bounds
+    if MASKED:
+        return tl.cdiv(full_first - first, BLOCK) + tl.cdiv(stop - full_stop, BLOCK)
+    else:
+        return tl.cdiv(full_stop - full_first, BLOCK)
+
+
+@triton.jit
+def tile_start(tile, bounds, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    first, full_first, full_stop, _ = bounds
+    if MASKED:
+        # One loop over both edges: a loop body for each would double the code and the registers held across it.
+        left = tl.cdiv(full_first - first, BLOCK)
+        return tl.where(tile < left, first, full_stop - left * BLOCK) + tile * BLOCK
+    else:
+        return full_first + tile * BLOCK
+
+
+@triton.jit
 def keys_of_queries(position, window, first_valid, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Bounds of the key tiles that queries at `[position, position + BLOCK_M)` see."""
     oldest = tl.maximum(first_valid, 0)
@@ -69,31 +90,62 @@ def tile_mask(start, stop, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.c
 
 @triton.jit
 def load_tile(
-    pointer, stride, start, stop, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHECKED: tl.constexpr
-):
-    """Rows `start..` [BLOCK, BLOCK_D]; columns from DIM on and, where CHECKED, rows from `stop` on are 0."""
-    pointers = tile_pointers(pointer, stride, start, BLOCK, BLOCK_D)
-    if CHECKED:
-        return tl.load(pointers, mask=tile_mask(start, stop, BLOCK, DIM, BLOCK_D), other=0.0)
-    elif DIM != BLOCK_D:
-        return tl.load(pointers, mask=(tl.arange(0, BLOCK_D) < DIM)[None, :], other=0.0)
+    rows, batch, head, start, stop, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHECKED: tl.constexpr, TMA: tl.constexpr = False,
+):  # fmt: skip
+    """Rows `start..` of one head [BLOCK, BLOCK_D]; columns from DIM on and, where CHECKED, rows from `stop` on are 0.
+
+    With TMA, `rows` is a descriptor: Hopper's copy engine computes the addresses and fills in the zeros.
+    """
+    if TMA:
+        return rows.load([batch, head, start, 0]).reshape([BLOCK, BLOCK_D])
     else:
-        return tl.load(pointers)
+        pointers = tile_pointers(start_of(rows, batch, head), rows.row, start, BLOCK, BLOCK_D)
+        if CHECKED:
+            return tl.load(pointers, mask=tile_mask(start, stop, BLOCK, DIM, BLOCK_D), other=0.0)
+        elif DIM != BLOCK_D:
+            return tl.load(pointers, mask=(tl.arange(0, BLOCK_D) < DIM)[None, :], other=0.0)
+        else:
+            return tl.load(pointers)
 
 
 @triton.jit
 def store_tile(
-    pointer, stride, start, stop, tile, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    pointers = tile_pointers(pointer, stride, start, BLOCK, BLOCK_D)
-    tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=tile_mask(start, stop, BLOCK, DIM, BLOCK_D))
+    rows, batch, head, start, stop, tile, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    pointers = tile_pointers(start_of(rows, batch, head), rows.row, start, BLOCK, BLOCK_D)
+    tl.store(pointers, tile.to(rows.pointer.dtype.element_ty), mask=tile_mask(start, stop, BLOCK, DIM, BLOCK_D))
 
 
 @triton.jit
-def load_far_mask(mask, batch, head, row, far_index, queries, count):
-    """`far_mask[batch, head, row, far_index]`; row and far_index broadcast against each other."""
-    pointers = start_of(mask, batch, head) + row.to(tl.int64) * mask.row + far_index
-    return tl.load(pointers, mask=(row < queries) & (far_index < count), other=0) != 0
+def load_first_valid(first_valid, batch):
+    if first_valid is not None:
+        return tl.load(first_valid + batch).to(tl.int32)
+    else:
+        return 0
+
+
+@triton.jit
+def load_slope(rule, head):
+    if rule.slopes is not None:
+        return tl.load(rule.slopes + head)
+    else:
+        return 0.0
+
+
+@triton.jit
+def far_rules(far, batch, head, row, position, index, queries, window):
+    """Which far keys `index` queries `row` at `position` see, and their distances; the two axes broadcast."""
+    exists = index < far.count
+    place = tl.load(far.positions + batch * far.positions_batch + index, mask=exists, other=0)
+    visible = far_visible(position, place, window) & exists
+    if far.mask is not None:
+        pointers = start_of(far.mask, batch, head) + row.to(tl.int64) * far.mask.row + index
+        visible &= tl.load(pointers, mask=(row < queries) & exists, other=0) != 0
+    distance = 0.0
+    if far.distances is not None:
+        distance = tl.load(far.distances + batch * far.distances_batch + index, mask=exists, other=0.0)
+    return visible, distance
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Λ-attention by Triton kernels: what they can run, and their place in autograd. Triton itself is imported on first use."""
+"""Λ-attention by Triton kernels: what they can run, and their place in autograd. Imports Triton on first use."""
 
 import importlib.util
 from dataclasses import replace

@@ -10,13 +10,18 @@ from torch import Tensor
 
 from . import pack, tuning
 from .inputs import LambdaInputs
-from .tiles import LN2, LOG2E, attend, far_visible, load_far_mask, start_of, window_visible
+from .tiles import LN2, LOG2E, attend, far_rules, load_first_valid, load_slope, load_tile, start_of, window_visible
 
 
 @triton.jit
-def gather_rows(
-    pointer, stride, row, exists, DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
+def gather_queries(query, batch, head, row, inside, BLOCK_D: tl.constexpr):
+    """Queries `row` of heads `head` [M]: [M, D]; 0 where not `inside`."""
+    pointers = start_of(query, batch, head) + row.to(tl.int64) * query.row
+    return tl.load(pointers[:, None] + tl.arange(0, BLOCK_D)[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def gather_rows(pointer, stride, row, exists, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows `row` [N] of a matrix: [N, D]; 0 where they do not exist."""
     column = tl.arange(0, BLOCK_D)[None, :]
     pointers = pointer + row.to(tl.int64)[:, None] * stride + column
@@ -35,52 +40,28 @@ def decode_kernel(
     real = packed < group * queries
     head = key_head * group + tl.minimum(packed // queries, group - 1)
     row = packed % queries
-    position = row + (keys - queries)
-    valid = 0
-    if first_valid is not None:
-        valid = tl.load(first_valid + batch).to(tl.int32)
-    slope = 0.0
-    if rule.slopes is not None:
-        slope = tl.load(rule.slopes + head)[:, None]
+    position = (row + (keys - queries))[:, None]
+    valid, slope = load_first_valid(first_valid, batch), load_slope(rule, head[:, None])
 
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     accumulated = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     column = tl.arange(0, BLOCK_D)[None, :]
     inside = real[:, None] & (column < DIM)
-    if FAR:
+    if FAR:  # noqa: SIM102 (known when compiling, the next is not)
         if split == 0:
-            pointers = (
-                far.query.pointer + batch.to(tl.int64) * far.query.batch
-                + head.to(tl.int64)[:, None] * far.query.head + row.to(tl.int64)[:, None] * far.query.row + column
-            )  # fmt: skip
-            block = tl.load(pointers, mask=inside, other=0.0)
-            far_key, far_value = start_of(far.key, batch, key_head), start_of(far.value, batch, key_head)
+            block = gather_queries(far.query, batch, head, row, inside, BLOCK_D)
             for start in tl.range(0, far.count, BLOCK_F):
-                index = start + tl.arange(0, BLOCK_F)
-                exists = index < far.count
-                key_tile = gather_rows(far_key, far.key.row, index, exists, DIM, BLOCK_D)
-                value_tile = gather_rows(far_value, far.value.row, index, exists, DIM, BLOCK_D)
-                place = tl.load(far.positions + batch * far.positions_batch + index, mask=exists, other=0)
-                visible = far_visible(position[:, None], place[None, :], window) & exists[None, :]
-                if far.mask is not None:
-                    visible &= load_far_mask(
-                        far.mask, batch, head[:, None], row[:, None], index[None, :], queries, far.count
-                    )
-                distance = None
-                if far.distances is not None:
-                    distance = tl.load(far.distances + batch * far.distances_batch + index, mask=exists, other=0.0)
-                    distance = distance[None, :]
+                key_tile = load_tile(far.key, batch, key_head, start, far.count, BLOCK_F, DIM, BLOCK_D, True)
+                value_tile = load_tile(far.value, batch, key_head, start, far.count, BLOCK_F, DIM, BLOCK_D, True)
+                index = (start + tl.arange(0, BLOCK_F))[None, :]
+                visible, distance = far_rules(far, batch, head[:, None], row[:, None], position, index, queries, window)
                 maximum, total, accumulated = attend(
                     maximum, total, accumulated, block, key_tile, value_tile, visible, distance, slope, rule, True,
                     PRECISION,
                 )  # fmt: skip
 
-    pointers = (
-        query.pointer + batch.to(tl.int64) * query.batch
-        + head.to(tl.int64)[:, None] * query.head + row.to(tl.int64)[:, None] * query.row + column
-    )  # fmt: skip
-    block = tl.load(pointers, mask=inside, other=0.0)
+    block = gather_queries(query, batch, head, row, inside, BLOCK_D)
     key_start, value_start = start_of(key, batch, key_head), start_of(value, batch, key_head)
     begin = oldest + split * chunk
     stop = tl.minimum(begin + chunk, keys)
@@ -91,10 +72,10 @@ def decode_kernel(
         slot = tl.where(slot >= keys, slot - keys, slot)
         key_tile = gather_rows(key_start, key.row, slot, exists, DIM, BLOCK_D)
         value_tile = gather_rows(value_start, value.row, slot, exists, DIM, BLOCK_D)
-        visible = window_visible(position[:, None], index[None, :], window, valid) & exists[None, :]
-        distance = None
+        visible = window_visible(position, index[None, :], window, valid) & exists[None, :]
+        distance = 0.0
         if rule.slopes is not None:
-            distance = (position[:, None] - index[None, :]).to(tl.float32)
+            distance = (position - index[None, :]).to(tl.float32)
         maximum, total, accumulated = attend(
             maximum, total, accumulated, block, key_tile, value_tile, visible, distance, slope, rule, True, PRECISION
         )
@@ -156,7 +137,7 @@ def decode(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     constants = config.constants(dim, far.count)
     constants["BLOCK_M"] = tuning.padded(queries * x.group)
     decode_kernel[(splits, key_heads, batch)](
-        *(pack.rows(pack.dense_last(t)) for t in (x.query, x.key, x.value)),
+        *(pack.rows(t) for t in (x.query, x.key, x.value)),
         far, pack.rule(x), partial, partial_lse, x.first_valid, queries, keys, x.window, x.group, x.ring_start,
         oldest, chunk, FAR=x.far is not None, DIM=dim, **constants, **tuning.options(x, config),
     )  # fmt: skip

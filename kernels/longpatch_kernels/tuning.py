@@ -1,8 +1,5 @@
 """Tile sizes, warps and pipeline stages of the Triton kernels, by chip, number size and head size."""
 
-import functools
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +12,7 @@ class Config(NamedTuple):
     block_n: int  # keys of a tile
     warps: int
     stages: int
+    tma: bool = False  # walk tiles by Hopper's copy engine
 
     def constants(self, dim: int, far_count: int) -> dict[str, int]:
         return {
@@ -27,7 +25,7 @@ class Config(NamedTuple):
 
 # Candidates, best guess first: {kernel: {chip: {(bytes of a number, padded head size): candidates}}}.
 TABLE: dict[str, dict[str, dict[tuple[int, int], list[Config]]]] = {}
-INTERPRETED = Config(16, 16, 4, 1)  # small, so that few tokens meet every kind of tile
+INTERPRETED = Config(16, 16, 4, 1, tma=True)  # small, so that few tokens meet every kind of tile
 
 
 def padded(dim: int) -> int:
