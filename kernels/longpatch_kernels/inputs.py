@@ -5,6 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+# of query, key, value, query_far, key_far, value_far; the last three None where there is no far segment
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
 
 @dataclass(frozen=True)
 class FarSegment:
@@ -48,6 +51,16 @@ class LambdaInputs:
     def group(self) -> int:
         """Query heads that share one key head."""
         return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The six tensors that gradients flow to; None where there is no far segment."""
+        far = (None, None, None) if self.far is None else (self.far.query, self.far.key, self.far.value)
+        return self.query, self.key, self.value, *far
+
+    def with_tensors(self, query, key, value, query_far, key_far, value_far) -> "LambdaInputs":
+        far = self.far and replace(self.far, query=query_far, key=key_far, value=value_far)
+        return replace(self, query=query, key=key, value=value, far=far)
 
     def in_time_order(self) -> "LambdaInputs":
         """The same call with the ring unrolled, at the price of a copy of the keys and values."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .inputs import LambdaInputs
 
@@ -14,9 +15,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
     query = inputs.query
-    tensors = [query, inputs.key, inputs.value]
-    if inputs.far is not None:
-        tensors += [inputs.far.query, inputs.far.key, inputs.far.value]
+    tensors = [tensor for tensor in inputs.tensors if tensor is not None]
     reasons = []
     interpreted = False
     if importlib.util.find_spec("triton") is None:
@@ -44,22 +43,20 @@ def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
 
 
 def run(inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
+    """Head sizes that 16 does not divide cost a padded copy: their rows cannot be read in whole vectors."""
     from . import triton_decode
 
     x = inputs
     if x.far is not None and x.far.key.shape[2] == 0:
         x = replace(x, far=None)
-    differentiable = (x.query, x.key, x.value) + (() if x.far is None else (x.far.query, x.far.key, x.far.value))
-    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+    dim = x.query.shape[-1]
+    if dim % 16:
+        x = x.with_tensors(*(None if t is None else pad(t, (0, -dim % 16)) for t in x.tensors))
+    wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in x.tensors)
     if wants_gradient or not triton_decode.packs(x):
         x = x.in_time_order()
-    far = (None, None, None) if x.far is None else (x.far.query, x.far.key, x.far.value)
-    return _TritonAttention.apply(x.query, x.key, x.value, *far, x)
-
-
-def _with_tensors(x: LambdaInputs, query, key, value, query_far, key_far, value_far) -> LambdaInputs:
-    far = x.far and replace(x.far, query=query_far, key=key_far, value=value_far)
-    return replace(x, query=query, key=key, value=value, far=far)
+    out, lse = _TritonAttention.apply(*x.tensors, x)
+    return out[..., :dim], lse
 
 
 class _TritonAttention(torch.autograd.Function):
@@ -75,7 +72,7 @@ class _TritonAttention(torch.autograd.Function):
             out, lse = triton_forward.forward(inputs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, query_far, key_far, value_far, out, lse)
-        ctx.inputs = _with_tensors(inputs, *[None] * 6)  # autograd keeps the tensors
+        ctx.inputs = inputs.with_tensors(*[None] * 6)  # autograd keeps the tensors
         return out, lse
 
     @staticmethod
@@ -83,7 +80,7 @@ class _TritonAttention(torch.autograd.Function):
         from . import triton_backward
 
         *tensors, out, lse = ctx.saved_tensors
-        x = _with_tensors(ctx.inputs, *tensors)
+        x = ctx.inputs.with_tensors(*tensors)
         if out.numel() == 0:
             return *(None if tensor is None else torch.zeros_like(tensor) for tensor in tensors), None
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out

@@ -139,7 +139,7 @@ def decode(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     decode_kernel[(splits, key_heads, batch)](
         *(pack.rows(t) for t in (x.query, x.key, x.value)),
         far, pack.rule(x), partial, partial_lse, x.first_valid, queries, keys, x.window, x.group, x.ring_start,
-        oldest, chunk, FAR=x.far is not None, DIM=dim, **constants, **tuning.options(x, config),
+        oldest, chunk, FAR=x.far is not None, DIM=dim, **constants, **tuning.launch_options(x, config),
     )  # fmt: skip
     if splits > 1:
         merge_kernel[(lse.numel(),)](

@@ -69,7 +69,7 @@ def far_grads(
     far_kernel[(parts, tiles, batch)](
         pack.far(segment), pack.rule(x), pack.rows(grad_out), lse, delta, pack.rows(partials[0]),
         pack.rows(partials[1]), queries, x.key_count, x.window, x.group, key_heads, chunk,
-        DIM=dim, **constants, **tuning.options(x, config),
+        DIM=dim, **constants, **tuning.launch_options(x, config),
     )  # fmt: skip
     grad_key, grad_value = partials.unflatten(1, (parts, batch)).sum(dim=1).to(segment.key.dtype)
     return grad_key, grad_value

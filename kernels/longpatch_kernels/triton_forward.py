@@ -104,6 +104,6 @@ def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     forward_kernel[(heads, triton.cdiv(queries, config.block_m), batch)](
         pack.rows(x.query), key, value, far, pack.rule(x), pack.rows(out), lse, x.first_valid,
         queries, x.key_count, x.window, x.group,
-        FAR=x.far is not None, DIM=dim, TMA=tma, **config.constants(dim, far.count), **tuning.options(x, config),
+        FAR=x.far is not None, DIM=dim, TMA=tma, **config.constants(dim, far.count), **tuning.launch_options(x, config),
     )  # fmt: skip
     return out, lse

@@ -98,6 +98,6 @@ def key_grads(x: LambdaInputs, grad_out: Tensor, lse: Tensor, delta: Tensor) -> 
     key_kernel[(key_heads, triton.cdiv(keys, config.block_n), batch)](
         query, pack.rows(x.key), pack.rows(x.value), pack.rule(x), upstream, lse, delta,
         pack.rows(grad_key), pack.rows(grad_value), x.first_valid, x.query_count, keys, x.window, x.group,
-        DIM=dim, TMA=tma, **config.constants(dim, 0), **tuning.options(x, config),
+        DIM=dim, TMA=tma, **config.constants(dim, 0), **tuning.launch_options(x, config),
     )  # fmt: skip
     return grad_key, grad_value

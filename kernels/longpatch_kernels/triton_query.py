@@ -113,6 +113,6 @@ def query_grads(x: LambdaInputs, grad_out: Tensor, lse: Tensor, delta: Tensor) -
     query_kernel[(heads, triton.cdiv(queries, config.block_m), batch)](
         pack.rows(x.query), key, value, far, pack.rule(x), pack.rows(grad_out), lse, delta, pack.rows(grad),
         None if grad_far is None else pack.rows(grad_far), x.first_valid, queries, x.key_count, x.window, x.group,
-        FAR=x.far is not None, DIM=dim, TMA=tma, **config.constants(dim, far.count), **tuning.options(x, config),
+        FAR=x.far is not None, DIM=dim, TMA=tma, **config.constants(dim, far.count), **tuning.launch_options(x, config),
     )  # fmt: skip
     return grad, grad_far
