@@ -4,8 +4,9 @@ from torch import Tensor
 
 from . import blocked, reference, triton_attention
 from .inputs import LambdaInputs, checked_inputs
+from .vendors import VENDORS
 
-IMPLEMENTATIONS = {"triton": triton_attention, "blocked": blocked, "reference": reference}
+IMPLEMENTATIONS = {"triton": triton_attention, "blocked": blocked, **VENDORS, "reference": reference}
 
 
 def lambda_attention(

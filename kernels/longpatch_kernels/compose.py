@@ -33,7 +33,8 @@ def attend(x: LambdaInputs, part: WindowPart) -> tuple[Tensor, Tensor]:
 
 def merge(out: Tensor, lse: Tensor, far_out: Tensor, far_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Two results over disjoint keys as one; a query that sees nothing in either gets 0 and -inf."""
-    total = torch.logaddexp(lse, far_lse)
+    blind = lse.isneginf() & far_lse.isneginf()  # logaddexp would have no gradient there, not even 0
+    total = torch.logaddexp(lse.masked_fill(blind, 0.0), far_lse).masked_fill(blind, -torch.inf)
     shift = total.masked_fill(total.isneginf(), 0.0)
     # A part that saw nothing may carry anything, NaN included.
     out = out.masked_fill(lse.isneginf()[..., None], 0.0)

@@ -105,7 +105,7 @@ _HALF_HOPPER = {
     256: {
         "forward": [Config(128, 64, 8, 2, tma=True)],
         "query": [Config(64, 32, 8, 2, tma=True)],
-        "key": [Config(32, 64, 8, 2, tma=True)],
+        "key": [Config(32, 32, 8, 1)],
         "far": [Config(32, 16, 8, 1)],
         "decode": [Config(16, 64, 4, 2)],
     },
