@@ -80,7 +80,7 @@ def start_of(rows, batch, head):
 def tile_pointers(pointer, stride, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     # Only the tile's start needs 64 bits: 32-bit offsets inside the tile halve the registers that addresses take.
     inside = tl.arange(0, BLOCK)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
-    return pointer + tl.to_tensor(start).to(tl.int64) * stride + inside
+    return pointer + tl.cast(start, tl.int64) * stride + inside
 
 
 @triton.jit

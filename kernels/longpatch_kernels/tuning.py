@@ -63,11 +63,11 @@ _SINGLE = {
         "decode": [Config(16, 32, 4, 2)],
     },
     128: {
-        "forward": [Config(64, 16, 8, 2), Config(32, 16, 4, 2)],
+        "forward": [Config(32, 16, 8, 2)],
         "query": [Config(32, 16, 8, 1)],
         "key": [Config(16, 32, 8, 1)],
         "far": [Config(16, 16, 4, 1)],
-        "decode": [Config(16, 32, 4, 1)],
+        "decode": [Config(16, 16, 8, 1)],
     },
     256: {
         "forward": [Config(32, 16, 8, 1)],

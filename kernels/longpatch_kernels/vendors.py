@@ -146,7 +146,9 @@ class Flex:
             return score if slopes is None else score - slopes[head] * (query + offset - key)
 
         batch = None if valid is None else x.query.shape[0]
-        mask = self.library().create_block_mask(visible, batch, None, x.query_count, x.key_count, device=x.query.device.type)
+        mask = self.library().create_block_mask(
+            visible, batch, None, x.query_count, x.key_count, device=x.query.device.type
+        )
         rule = None if softcap is None and slopes is None else changed
         wanted = self.library().AuxRequest(lse=True)
         out, aux = self.attention()(
