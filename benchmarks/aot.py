@@ -144,8 +144,9 @@ def configurations(chip: str, quick: bool) -> Iterator[tuple[str, torch.dtype, i
 def compile_all(chip: str, quick: bool, only: list[str]) -> Iterator[dict]:
     """One row per compiled kernel."""
     import triton
+    from triton import knobs
 
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is on: nothing would be compiled")
     compiler = Compiler(CHIPS[chip][1])
     tuning.split = lambda *_: (8, 512)

@@ -21,9 +21,9 @@ def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
     if importlib.util.find_spec("triton") is None:
         reasons.append("Triton is not installed (pip install triton)")
     else:
-        import triton
+        from triton import knobs
 
-        interpreted = triton.knobs.runtime.interpret
+        interpreted = knobs.runtime.interpret
     if not interpreted:
         if query.device.type != "cuda":
             reasons.append(f"the tensors are on {query.device}; Triton kernels need a CUDA device")
