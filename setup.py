@@ -5,6 +5,9 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.15", "pyright>=1.1.400"],
     "gguf": ["gguf>=0.10"],
+    "triton": ["triton>=3.6"],
+    "flash-attn": ["flash-attn>=2.7"],
+    "xformers": ["xformers>=0.0.35"],
 }
 
 setup(

@@ -1,4 +1,25 @@
+import importlib.util
+import os
+
+import torch
 from hypothesis import settings
 
 settings.register_profile("longpatch", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("longpatch")
+
+
+def import_interpreted_kernels():
+    """Without a GPU the Triton kernels run in Triton's interpreter.
+
+    Triton decides this per function where it is decorated, for its own helpers when it is first imported: so it is
+    imported here, before anything else (a compiler, say) imports it. The switch is off again afterwards, and
+    test_triton.py turns it on for its own tests alone.
+    """
+    os.environ["TRITON_INTERPRET"] = "1"
+    from longpatch_kernels import triton_backward, triton_decode, triton_forward  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
+
+
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    import_interpreted_kernels()

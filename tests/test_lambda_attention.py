@@ -7,33 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longpatch_kernels import IMPLEMENTATIONS, blocked, explain, lambda_attention
+from longpatch_kernels import blocked, explain, lambda_attention
 from longpatch_kernels.bands import block_queries
 from longpatch_kernels.compiled import TENSORS
+from tests.cases import CASES, build, error, run
 
-FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+FAST = ["blocked"]  # the others have tests of their own
 
-
-CASES = st.fixed_dictionaries(
-    {
-        "batch": st.integers(1, 3),
-        "key_heads": st.sampled_from([1, 2]),
-        "group": st.sampled_from([1, 2, 8]),
-        "head_dim": st.sampled_from([64, 100, 128]),
-        "queries": st.integers(1, 5) | st.integers(1, 300),
-        "cached": st.sampled_from([0, 0, 1, 7, 130]),
-        "window": st.integers(1, 9) | st.integers(1, 400),
-        "sinks": st.sampled_from([0, 1, 10]),
-        "extra_distance": st.sampled_from([0, 50]),
-        "ring": st.booleans(),
-        "padding": st.booleans(),
-        "far_mask": st.booleans(),
-        "softcap": st.sampled_from([None, 5.0]),
-        "alibi": st.booleans(),
-        "through_lse": st.booleans(),
-        "seed": st.integers(0, 2**31),
-    }
-)
 
 # what runs in bands and in decode steps, up to sizes where the kernel's tiles, blocks and tails all occur
 PLAIN = {"softcap": st.none(), "alibi": st.just(False), "through_lse": st.just(False)}
@@ -73,67 +53,6 @@ STEP = st.fixed_dictionaries(
         **PLAIN,
     }
 )
-
-
-def build(case, dtype):
-    """Arguments of one call: standard-normal tensors with padding, far keys and a cache in front as the case says."""
-    generator = torch.Generator().manual_seed(case["seed"])
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    batch, key_heads, queries, sinks = case["batch"], case["key_heads"], case["queries"], case["sinks"]
-    heads, keys = key_heads * case["group"], queries + case["cached"]
-    arguments = {
-        "query": normal(batch, heads, queries, case["head_dim"]),
-        "key": normal(batch, key_heads, keys, case["head_dim"]),
-        "value": normal(batch, key_heads, keys, case["head_dim"]),
-        "window": case["window"],
-        "ring_start": keys // 2 if case["ring"] else 0,
-        "softcap": case["softcap"],
-    }
-    if case["padding"]:
-        arguments["first_valid"] = torch.randint(-3, keys, (batch,), generator=generator)
-    if case["alibi"]:
-        arguments["alibi_slopes"] = torch.rand(heads, generator=generator)
-    if sinks:
-        arguments |= {
-            "query_far": normal(batch, heads, queries, case["head_dim"]),
-            "key_far": normal(batch, key_heads, sinks, case["head_dim"]),
-            "value_far": normal(batch, key_heads, sinks, case["head_dim"]),
-            "far_distance": case["window"] + case["extra_distance"],
-        }
-        if case["padding"]:
-            arguments["far_positions"] = arguments["first_valid"][:, None] + torch.arange(sinks)
-        if case["far_mask"]:
-            arguments["far_mask"] = torch.rand(batch, heads, queries, sinks, generator=generator) < 0.7
-    return arguments
-
-
-def run(arguments, implementation, dtype=None, through_lse=True):
-    """Output, log-sum-exp and the gradients of every floating-point tensor that takes part in the attention."""
-    arguments = dict(arguments)
-    leaves = {}
-    for name, value in arguments.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            arguments[name] = value.to(dtype or value.dtype).detach()
-            if name != "alibi_slopes":
-                leaves[name] = arguments[name].requires_grad_()
-    out, lse = lambda_attention(**arguments, implementation=implementation)
-    generator = torch.Generator().manual_seed(0)
-    loss = (out * torch.randn(out.shape, generator=generator).to(out.dtype)).sum()
-    if through_lse:
-        visible = lse > -torch.inf
-        loss = loss + (lse[visible] * torch.randn(lse.shape, generator=generator).to(lse.dtype)[visible]).sum()
-    loss.backward()
-    gradients = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
-    return {"out": out.detach(), "lse": lse.detach(), **gradients}
-
-
-def error(actual, expected):
-    finite = expected > -torch.inf
-    assert torch.equal(actual > -torch.inf, finite)
-    return (actual[finite].double() - expected[finite]).abs().max().item() if finite.any() else 0.0
 
 
 @pytest.fixture(autouse=True)

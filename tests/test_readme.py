@@ -27,7 +27,7 @@ def test_the_file_tree_is_the_file_tree():
     listed: dict[str, set[str]] = {}
     folder = ""
     for line in tree[1].splitlines():
-        names = line.strip().split("  ")[0]
+        names = re.match(r"\S+( [\w]+\.py)*", line.strip())[0]
         if line.startswith(" "):
             listed[folder] |= set(names.split())
         else:

@@ -1,16 +1,17 @@
 """The implementations by name, and how "auto" chooses among them.
 
-Each is a module with `not_supported_reasons(inputs)`, `run(inputs) -> (out, lse)`, differentiable, and, where the
-forward's results suffice for it, `gradients(inputs, out, lse, grad_out, grad_lse)` of the six `inputs.tensors`.
+Each is a module or object with `not_supported_reasons(inputs)`, `run(inputs) -> (out, lse)`, differentiable, and, where
+the forward's results suffice for it, `gradients(inputs, out, lse, grad_out, grad_lse)` of the six `inputs.tensors`.
 """
 
-from types import ModuleType
+from typing import Any
 
-from . import blocked, reference
+from . import blocked, reference, triton_attention
 from .inputs import LambdaInputs
+from .vendors import VENDORS
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"blocked": blocked, "reference": reference}
-AUTO = ("blocked",)  # best first
+IMPLEMENTATIONS: dict[str, Any] = {"triton": triton_attention, "blocked": blocked, **VENDORS, "reference": reference}
+AUTO = ("triton", "blocked")  # best first
 
 
 def not_supported_reasons(implementation: str, inputs: LambdaInputs) -> list[str]:

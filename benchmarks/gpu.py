@@ -1,0 +1,237 @@
+"""Check, then time Λ-attention and its peers on a CUDA GPU.
+
+    python -m benchmarks.gpu [--quick] [--tune] [--out DIR]
+
+Writes `DIR/<gpu>.json`, a list of rows, and `DIR/<gpu>.md`, the same as a table. No time is taken before the result was
+compared with the dense definition on a shape that fits. Times are medians with 20th and 80th percentiles; peers are
+timed in turns with ours in one process.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.peers import PEERS
+from benchmarks.roofline import Shape, backward_flops, decode_bytes, forward_flops
+from longpatch_kernels import lambda_attention, tuning
+
+RESULTS = Path(__file__).parent / "results"
+PREFILL = [Shape(1, 32, 8, 128, 32_768, 4096, 10), Shape(1, 32, 8, 128, 131_072, 4096, 10)]
+DECODE = [Shape(1, 32, 4, 128, 1, 4096, 10), Shape(32, 32, 4, 128, 1, 4096, 10)]
+MILLION = Shape(1, 8, 2, 128, 1_048_576, 4096, 10)
+CHECKED = Shape(1, 8, 2, 128, 1500, 400, 10)
+QUICK_TOKENS = 8192
+
+
+def tensors(shape: Shape, dtype: torch.dtype, device: str, keys: int | None = None) -> dict:
+    """Standard-normal arguments; the far keys are the first keys themselves, as for a model without positions."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(heads, tokens):
+        size = (shape.batch, heads, tokens, shape.dim)
+        return torch.randn(size, generator=generator, device=device, dtype=dtype)
+
+    keys = keys or shape.tokens
+    arguments = {"query": normal(shape.heads, shape.tokens), "window": shape.window}
+    arguments |= {"key": normal(shape.key_heads, keys), "value": normal(shape.key_heads, keys)}
+    arguments["query_far"] = normal(shape.heads, shape.tokens)
+    arguments |= {f"{name}_far": arguments[name][:, :, : shape.sinks].clone() for name in ("key", "value")}
+    if keys > shape.tokens:  # a full ring: the sinks left it long ago
+        arguments["far_positions"] = torch.arange(shape.sinks, device=device) - 10 * shape.window
+    return arguments
+
+
+def check(device: str, implementation: str = "triton", shape: Shape = CHECKED, dtype=torch.bfloat16) -> float:
+    """Largest error of out and gradients against float64, relative to the largest value. Raises if it is too large."""
+    arguments = tensors(shape, dtype, device)
+    results = []
+    for name, number in ((implementation, dtype), ("reference", torch.float64)):
+        leaves = {
+            key: value.to(number).requires_grad_()
+            for key, value in arguments.items()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+        }
+        out, lse = lambda_attention(**(arguments | leaves), implementation=name)
+        gradients = torch.autograd.grad(out.float().square().sum() + lse.float().sum(), list(leaves.values()))
+        results.append([out.detach(), *gradients])
+    worst = 0.0
+    for mine, reference in zip(*results, strict=True):
+        worst = max(worst, ((mine.double() - reference.double()).abs().max() / reference.abs().max()).item())
+    if not worst < 2e-2:
+        raise RuntimeError(f"{implementation} is off by {worst:.3g} of the largest value: no time is reported")
+    return worst
+
+
+def cuda_seconds(call: Callable, repeats: int) -> list[float]:
+    """Device time of each call, the L2 cache swept in between."""
+    sweep = torch.empty(64 * 2**20, dtype=torch.int32, device="cuda")
+    times = []
+    for _ in range(repeats):
+        sweep.zero_()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / 1000)
+    return times
+
+
+def time_calls(calls: dict[str, Callable], repeats: int, timer: Callable = cuda_seconds) -> dict[str, dict]:
+    """Interleaved: each round times every call once. Seconds."""
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            times[name] += timer(call, 1)
+    rows = {}
+    for name, taken in times.items():
+        fifths = statistics.quantiles(taken, n=5)
+        rows[name] = {"seconds": statistics.median(taken), "p20": fifths[0], "p80": fifths[3]}
+    return rows
+
+
+def rate_rows(kind: str, shape: Shape, times: dict[str, dict], amount: float, unit: str, scale: float) -> list[dict]:
+    """Rows of one comparison; `relative`: how many times faster than this entry ours is."""
+    ours = times["ours"]["seconds"]
+    return [
+        {"kind": kind, "shape": str(shape), "name": name, **row, "rate": amount / row["seconds"] / scale, "unit": unit}
+        | {"relative": row["seconds"] / ours}
+        for name, row in times.items()
+    ]
+
+
+def prefill_rows(shape: Shape, repeats: int, timer: Callable = cuda_seconds) -> list[dict]:
+    arguments = tensors(shape, torch.bfloat16, "cuda")
+    calls: dict[str, Callable] = {"ours": lambda: lambda_attention(**arguments, implementation="triton")}
+    with torch.no_grad():
+        for name, (prepare, same) in PEERS.items():
+            calls[name] = prepare(arguments, shape)
+            if same:
+                torch.testing.assert_close(calls[name](), calls["ours"]()[0], atol=3e-2, rtol=3e-2)
+        times = time_calls(calls, repeats, timer)
+    rows = rate_rows("forward", shape, times, forward_flops(shape), "TFLOP/s", 1e12)
+    leaves = {name: value.requires_grad_() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    out, _ = lambda_attention(**arguments, implementation="triton")
+    upstream = torch.randn_like(out)
+
+    def backward():
+        torch.autograd.grad(out, list(leaves.values()), upstream, retain_graph=True)
+
+    times = time_calls({"ours": backward}, repeats, timer)
+    return rows + rate_rows("backward", shape, times, backward_flops(shape), "TFLOP/s", 1e12)
+
+
+def decode_rows(shape: Shape, repeats: int, timer: Callable = cuda_seconds) -> list[dict]:
+    """One token against a full ring that wraps in the middle, against a copy of as many bytes."""
+    arguments = tensors(shape, torch.bfloat16, "cuda", keys=shape.window + 64)
+    arguments["ring_start"] = shape.window // 2
+    moved = decode_bytes(shape)
+    source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")  # a copy reads and writes
+    target = torch.empty_like(source)
+    with torch.no_grad():
+        expected, _ = lambda_attention(**arguments, implementation="reference")
+        actual, _ = lambda_attention(**arguments, implementation="triton")
+        torch.testing.assert_close(actual, expected, atol=3e-2, rtol=3e-2)
+        calls = {"ours": lambda: lambda_attention(**arguments, implementation="triton")}
+        times = time_calls(calls | {"copy of as many bytes": lambda: target.copy_(source)}, repeats, timer)
+    return rate_rows("decode", shape, times, moved, "TB/s", 1e12)
+
+
+def memory_row(shape: Shape = MILLION) -> dict:
+    """Peak extra memory of one long prefill, beside its inputs and results."""
+    arguments = tensors(shape, torch.bfloat16, "cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.no_grad():
+        out, lse = lambda_attention(**arguments, implementation="triton")
+    results = out.numel() * out.element_size() + lse.numel() * lse.element_size()
+    extra = torch.cuda.max_memory_allocated() - before - results
+    return {"kind": "memory", "shape": str(shape), "name": "ours", "extra_bytes": extra}
+
+
+def tune(shape: Shape, repeats: int, timer: Callable = cuda_seconds) -> None:
+    """Time the candidates for forward and decode on this chip, and leave the winners where `tuning` finds them."""
+    chip = tuning.chip(torch.device("cuda"))
+    winners = {}
+    for dim in (64, 128):
+        prefill = tensors(shape._replace(dim=dim), torch.bfloat16, "cuda")
+        step = tensors(shape._replace(dim=dim, tokens=1), torch.bfloat16, "cuda", keys=shape.window + 64)
+        for kernel, arguments in (("forward", prefill), ("decode", step)):
+            key, found = tuning.measured_key(kernel, 2, dim), tuning.candidates(kernel, chip, 2, dim)
+            seconds = []
+            for index in range(len(found)):
+                tuning.measured(chip)[key] = index
+                with torch.no_grad():
+                    call = {"ours": lambda arguments=arguments: lambda_attention(**arguments, implementation="triton")}
+                    seconds.append(time_calls(call, repeats, timer)["ours"]["seconds"])
+            winners[key] = tuning.measured(chip)[key] = seconds.index(min(seconds))
+    path = tuning.measured_path(chip)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(winners, indent=1), encoding="utf-8")
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown."""
+    lines = [
+        "| what | shape | implementation | ms (p20, p80) | rate | ours is faster by |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if "seconds" in row:
+            times = f"{row['seconds'] * 1e3:.3f} ({row['p20'] * 1e3:.3f}, {row['p80'] * 1e3:.3f})"
+            rate, relative = f"{row['rate']:.3g} {row['unit']}", f"{row['relative']:.2f}x"
+        else:
+            times, rate, relative = "", f"{row['extra_bytes'] / 2**20:.1f} MiB extra", ""
+        lines.append(f"| {row['kind']} | {row['shape']} | {row['name']} | {times} | {rate} | {relative} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(rows: list[dict], gpu: str, folder: Path) -> Path:
+    """`<gpu>.json` and `<gpu>.md`, each row stamped with versions and commit."""
+    import triton
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout
+    stamp = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "commit": commit.strip()}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{gpu.replace(' ', '_')}.json"
+    path.write_text("[\n" + ",\n".join(json.dumps(row | stamp) for row in rows) + "\n]\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(table(rows), encoding="utf-8")
+    return path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_TOKENS} tokens, few repeats")
+    parser.add_argument("--tune", action="store_true", help="first choose among the tuned configurations by timing")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("benchmarks.gpu: no CUDA device found; nothing was measured", file=sys.stderr)
+        return 1
+    repeats = 5 if options.quick else 30
+    print(f"largest error against float64: {check('cuda'):.3g} of the largest value")
+    if options.tune:
+        tune(PREFILL[0]._replace(tokens=QUICK_TOKENS), repeats)
+    rows = []
+    for shape in [PREFILL[0]._replace(tokens=QUICK_TOKENS)] if options.quick else PREFILL:
+        rows += prefill_rows(shape, repeats)
+    for shape in DECODE:
+        rows += decode_rows(shape, repeats)
+    if not options.quick:
+        rows.append(memory_row())
+    print(table(rows))
+    print(f"written to {write(rows, torch.cuda.get_device_name(), options.out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""flash-attn, xformers and FlexAttention as the window part of a composed Λ-attention. Imported on first use."""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import compose
+from .inputs import LambdaInputs
+
+WIDEST_HEAD = 256
+
+
+def shared_reasons(x: LambdaInputs, module: str, package: str) -> list[str]:
+    """What stops the libraries that are compiled for CUDA and know neither padding nor positional biases like ours."""
+    reasons = []
+    if importlib.util.find_spec(module) is None:
+        reasons.append(f"{package} is not installed")
+    if x.query.device.type != "cuda":
+        reasons.append(f"the tensors are on {x.query.device}; {package} needs a CUDA device")
+    if x.query.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"dtype {x.query.dtype}; {package} takes float16 and bfloat16")
+    if x.first_valid is not None:
+        reasons.append(f"first_valid: {package} has no left padding beside a window")
+    if x.query.shape[-1] % 8:
+        reasons.append(f"head size {x.query.shape[-1]} is not a multiple of 8")
+    widest = WIDEST_HEAD
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in x.tensors):
+        widest -= 8  # the columns that carry the gradient of the log-sum-exp
+    if x.query.shape[-1] > widest:
+        reasons.append(f"head size {x.query.shape[-1]} is above {widest}")
+    return reasons
+
+
+def token_major(tensor: Tensor) -> Tensor:
+    """[B, H, n, d] as [B, n, H, d], and back; no copy."""
+    return tensor.transpose(1, 2)
+
+
+class FlashAttn:
+    """FlashAttention 2 (Dao, arXiv 2307.08691). Its raw functions, because the public ones hide the backward."""
+
+    def __init__(self, library: Callable | None = None):
+        self.library = library or functools.cache(lambda: importlib.import_module("flash_attn.flash_attn_interface"))
+
+    def not_supported_reasons(self, inputs: LambdaInputs) -> list[str]:
+        reasons = shared_reasons(inputs, "flash_attn", "flash-attn")
+        if inputs.alibi_slopes is not None:
+            reasons.append("alibi_slopes: flash-attn leaves the query's own term out of its log-sum-exp")
+        return reasons
+
+    def run(self, inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
+        return compose.attend(inputs.in_time_order(), self)
+
+    def settings(self, x: LambdaInputs) -> dict:
+        softcap = 0.0 if x.softcap is None else x.softcap
+        window = {"causal": True, "window_size_left": x.window - 1, "window_size_right": 0}
+        return {"dropout_p": 0.0, "softmax_scale": x.scale, **window, "softcap": softcap, "alibi_slopes": None}
+
+    def forward(self, x: LambdaInputs) -> tuple[Tensor, Tensor]:
+        q, k, v = (token_major(t) for t in (x.query, x.key, x.value))
+        out, lse, *_ = self.library()._flash_attn_forward(q, k, v, **self.settings(x), return_softmax=False)
+        return token_major(out), lse
+
+    def backward(self, x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, out, grad_out = (token_major(t).contiguous() for t in (x.query, x.key, x.value, out, grad_out))
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        self.library()._flash_attn_backward(
+            grad_out, q, k, v, out, lse.contiguous(), dq, dk, dv, **self.settings(x), deterministic=True
+        )
+        return token_major(dq), token_major(dk), token_major(dv)
+
+
+class Xformers:
+    """xformers' memory-efficient attention with a local mask; its backward wants repeated key heads."""
+
+    def __init__(self, library: Callable | None = None):
+        self.library = library or functools.cache(lambda: importlib.import_module("xformers.ops.fmha"))
+
+    def not_supported_reasons(self, inputs: LambdaInputs) -> list[str]:
+        reasons = shared_reasons(inputs, "xformers", "xformers")
+        for name in ("alibi_slopes", "softcap"):
+            if getattr(inputs, name) is not None:
+                reasons.append(f"{name}: xformers' local attention has none")
+        return reasons
+
+    def run(self, inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
+        return compose.attend(inputs.in_time_order(), self)
+
+    def arguments(self, x: LambdaInputs) -> tuple[tuple[Tensor, ...], dict]:
+        bias = self.library().attn_bias.LocalAttentionFromBottomRightMask(window_left=x.window - 1, window_right=0)
+        repeated = (x.query, *(t.repeat_interleave(x.group, dim=1) for t in (x.key, x.value)))
+        return tuple(token_major(t) for t in repeated), {"attn_bias": bias, "p": 0.0, "scale": x.scale}
+
+    def forward(self, x: LambdaInputs) -> tuple[Tensor, Tensor]:
+        tensors, settings = self.arguments(x)
+        out, lse = self.library().memory_efficient_attention_forward_requires_grad(*tensors, **settings)
+        return token_major(out), lse[..., : x.query_count]  # some of its kernels pad the log-sum-exp
+
+    def backward(self, x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tensors, settings = self.arguments(x)
+        grad_query, *rest = self.library().memory_efficient_attention_backward(
+            token_major(grad_out).contiguous(), token_major(out).contiguous(), lse.contiguous(), *tensors, **settings
+        )
+        grad_key, grad_value = (token_major(t).unflatten(1, (-1, x.group)).sum(dim=2) for t in rest)
+        return token_major(grad_query), grad_key, grad_value
+
+
+class Flex:
+    """PyTorch's FlexAttention, compiled. It differentiates its own log-sum-exp, so autograd may merge the two parts."""
+
+    def __init__(self, attention: Callable | None = None):
+        self.library = functools.cache(lambda: importlib.import_module("torch.nn.attention.flex_attention"))
+        self.attention = attention or functools.cache(lambda: torch.compile(self.library().flex_attention))
+
+    def not_supported_reasons(self, inputs: LambdaInputs) -> list[str]:
+        reasons = []
+        wanted = any(tensor is not None and tensor.requires_grad for tensor in inputs.tensors)
+        if inputs.query.device.type == "cpu" and torch.is_grad_enabled() and wanted:
+            reasons.append("gradients: FlexAttention has no backward on the CPU")
+        if inputs.query.dtype == torch.float64:
+            reasons.append("dtype torch.float64; FlexAttention takes float16, bfloat16 and float32")
+        return reasons
+
+    def run(self, inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
+        x = inputs.in_time_order()
+        out, lse = self.window(x)
+        return (out, lse) if x.far is None else compose.merge(out, lse, *compose.far_forward(x, x.far))
+
+    def window(self, x: LambdaInputs) -> tuple[Tensor, Tensor]:
+        offset, window, valid, slopes, softcap = (
+            x.key_count - x.query_count, x.window, x.first_valid, x.alibi_slopes, x.softcap
+        )  # fmt: skip
+
+        def visible(batch, head, query, key):
+            distance = query + offset - key
+            seen = (distance >= 0) & (distance < window)
+            return seen if valid is None else seen & (key >= valid[batch])
+
+        def changed(score, batch, head, query, key):
+            if softcap is not None:
+                score = softcap * torch.tanh(score / softcap)
+            return score if slopes is None else score - slopes[head] * (query + offset - key)
+
+        batch = None if valid is None else x.query.shape[0]
+        mask = self.library().create_block_mask(
+            visible, batch, None, x.query_count, x.key_count, device=x.query.device.type
+        )
+        rule = None if softcap is None and slopes is None else changed
+        wanted = self.library().AuxRequest(lse=True)
+        out, aux = self.attention()(
+            x.query, x.key, x.value, rule, mask, scale=x.scale, enable_gqa=x.group > 1, return_aux=wanted
+        )
+        return out, aux.lse
+
+
+VENDORS = {"flash_attn": FlashAttn(), "xformers": Xformers(), "flex": Flex()}

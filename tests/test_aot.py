@@ -1,0 +1,62 @@
+"""The Triton kernels compiled for sm_80 and sm_90 without a GPU: spills and shared memory within limits.
+
+In a process of its own: here the kernels may be interpreted.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from benchmarks.aot import SHARED_LIMIT, STACK_LIMIT
+
+ROOT = Path(__file__).parents[1]
+
+
+def compiled(*arguments):
+    """The rows that `python -m benchmarks.aot` prints; its exit status says whether all of them fit."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-m", "benchmarks.aot", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert rows, result.stderr
+    return rows
+
+
+def check(rows):
+    for row in rows:
+        assert row["stack_bytes"] <= STACK_LIMIT, row
+        assert 0 < row["shared_bytes"] <= SHARED_LIMIT[row["chip"]], row
+        assert row["fits"]
+
+
+@pytest.mark.parametrize("chip", ["sm80", "sm90"])
+def test_bfloat16_kernels_fit_the_chip(chip):
+    rows = compiled("--quick", "--chip", chip, "--only", "bfloat16")
+    assert {(row["kernel"], row["head_dim"]) for row in rows} == {
+        (kernel, dim) for kernel in ("forward", "query", "key", "far", "decode") for dim in (64, 128)
+    }
+    check(rows)
+    for row in rows:
+        if row["kernel"] in ("forward", "query", "key"):
+            assert row["hgmma" if chip == "sm90" else "hmma"] > 0, row
+            assert (row["tma_loads"] > 0) == (chip == "sm90"), row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["sm80", "sm90"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_other_dtypes_fit_the_chip(chip, dtype):
+    check(compiled("--quick", "--chip", chip, "--only", dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["sm80", "sm86", "sm90"])
+def test_every_bfloat16_configuration_fits_the_chip(chip):
+    check(compiled("--chip", chip, "--only", "bfloat16"))
