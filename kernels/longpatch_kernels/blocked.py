@@ -12,9 +12,14 @@ def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
 
 
 def run(inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.tensors):
-        return _BlockedAttention.apply(*inputs.tensors, inputs)
-    return algorithm(inputs).forward(inputs)  # without autograd's bookkeeping, which a decode step would notice
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.tensors)):
+        return algorithm(inputs).forward(inputs)  # without autograd's bookkeeping, which a decode step would notice
+    x = inputs
+    if x.query.dtype in (torch.float16, torch.bfloat16):
+        # backward takes dO·O from the output: rounded to bfloat16 it would cost the gradients 2^-9 of that sum
+        x = x.with_tensors(*(None if t is None else t.float() for t in x.tensors))
+    out, lse = _BlockedAttention.apply(*x.tensors, x)
+    return out.to(inputs.query.dtype), lse
 
 
 def algorithm(x: LambdaInputs):
