@@ -13,18 +13,27 @@ LARGEST_HEAD = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+@torch.compiler.assume_constant_result
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    if not _installed():
+        return False
+    from triton import knobs
+
+    return knobs.runtime.interpret
+
+
 def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
     query = inputs.query
     tensors = [tensor for tensor in inputs.tensors if tensor is not None]
     reasons = []
-    interpreted = False
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         reasons.append("Triton is not installed (pip install triton)")
-    else:
-        from triton import knobs
-
-        interpreted = knobs.runtime.interpret
-    if not interpreted:
+    if not _interpreted():
         if query.device.type != "cuda":
             reasons.append(f"the tensors are on {query.device}; Triton kernels need a CUDA device")
         elif torch.cuda.get_device_capability(query.device) < (8, 0):
