@@ -225,7 +225,9 @@ def test_wrong_arguments_are_all_listed():
         "softcap",
     ):
         assert part in str(caught.value)
-    with pytest.raises(ValueError, match="unknown; known are auto, triton, blocked, flash_attn, xformers, flex, reference"):
+    with pytest.raises(
+        ValueError, match="unknown; known are auto, triton, blocked, flash_attn, xformers, flex, reference"
+    ):
         lambda_attention(query, query, query, window=1, implementation="magic")
 
 

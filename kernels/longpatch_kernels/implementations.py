@@ -24,7 +24,8 @@ def not_supported_reasons(implementation: str, inputs: LambdaInputs) -> list[str
 def choose(implementation: str, inputs: LambdaInputs) -> str:
     """The name of what runs: the one asked for, or for "auto" the first of AUTO that can. Raises ValueError if none."""
     if implementation == "auto":
-        return next(name for name in AUTO if not not_supported_reasons(name, inputs))
+        able = (name for name in AUTO if not not_supported_reasons(name, inputs))
+        return next(name for name in able if name != "triton" or inputs.query.is_cuda)  # interpreted Triton is slow
     if reasons := not_supported_reasons(implementation, inputs):
         raise ValueError(f"lambda_attention: implementation {implementation!r} cannot run: " + "; ".join(reasons))
     return implementation
