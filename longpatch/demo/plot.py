@@ -1,15 +1,13 @@
 """The tour's picture: perplexity and memory by position."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .tour import Reading
+from .reading import Reading
 
 COLOURS = {"original": "tab:red", "converted": "tab:blue"}
 
 
-def draw(path: Path, readings: "list[Reading]", trained: int, title: str) -> None:
+def draw(path: Path, readings: list[Reading], trained: int, title: str) -> None:
     """Write a PNG with perplexity (log scale, averaged over chunks) and cache size against position in tokens."""
     from matplotlib.figure import Figure
 

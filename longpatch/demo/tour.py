@@ -3,36 +3,22 @@
 import itertools
 import time
 from argparse import Namespace
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import set_seed
 from transformers.utils import logging
 
 from ..convert import convert_model, revert_model
 from ..errors import LongpatchError
-from ..evaluation.perplexity import perplexity, stream_nll
+from ..evaluation.perplexity import perplexity
 from ..models import load_model
 from ..results import record, write_records
 from .plot import draw
+from .reading import CHUNK_TOKENS, Reading, read
 from .text import read_text
 
-CHUNK_TOKENS = 512
 PREVIEW_CHARACTERS = 400
-
-
-@dataclass
-class Reading:
-    """One model's way through the text."""
-
-    label: str
-    nll: Tensor  # [tokens], nats
-    positions: list[int]  # end of each chunk
-    cache_mb: list[float]  # after each chunk
-    token_ms: list[float]  # mean over each chunk
-    continuation: str = ""
 
 
 def run(arguments: Namespace) -> None:
@@ -67,7 +53,7 @@ def run(arguments: Namespace) -> None:
     for label in ("original", "converted"):
         if label == "converted":
             convert_model(model, **settings)
-        readings.append(_read(model, ids, label))
+        readings.append(read(model, ids, label))
         set_seed(arguments.seed)
         readings[-1].continuation = _continue(model, tokenizer, prompt, arguments.new_tokens)
     revert_model(model)
@@ -101,18 +87,6 @@ def _estimate(model, ids: Tensor, new_tokens: int) -> str:
         times.append(time.perf_counter() - began)
     seconds = 2 * (1.5 * len(ids) / 256 * times[0] + new_tokens * 1.5 * times[1])
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
-
-
-def _read(model, ids: Tensor, label: str) -> Reading:
-    nll, positions, cache_mb, token_ms = [], [], [], []
-    with tqdm(total=len(ids) - 1, desc=label, unit="tok", unit_scale=True) as progress:
-        for chunk in stream_nll(model, ids, CHUNK_TOKENS):
-            nll.append(chunk.nll)
-            positions.append(chunk.start + len(chunk.nll))
-            cache_mb.append(chunk.cache_bytes / 2**20)
-            token_ms.append(1000 * chunk.seconds / len(chunk.nll))
-            progress.update(len(chunk.nll))
-    return Reading(label, torch.cat(nll), positions, cache_mb, token_ms)
 
 
 def _continue(model, tokenizer, prompt: Tensor, new_tokens: int) -> str:
