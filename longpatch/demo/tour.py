@@ -76,7 +76,7 @@ def _encode(tokenizer, text: str, tokens: int) -> Tensor:
 
 
 def _estimate(model, ids: Tensor, new_tokens: int) -> str:
-    """Time for everything, from one short chunk and one single token; attention over long caches comes on top."""
+    """Time for everything, from one short chunk and one single token, with as much again for attention over the cache."""
     times = []
     for tokens in (256, 1):
         sample = ids[None, :tokens].to(model.device)
@@ -85,7 +85,7 @@ def _estimate(model, ids: Tensor, new_tokens: int) -> str:
             began = time.perf_counter()
             model(input_ids=sample, use_cache=False)
         times.append(time.perf_counter() - began)
-    seconds = 2 * (1.5 * len(ids) / 256 * times[0] + new_tokens * 1.5 * times[1])
+    seconds = 2 * (3 * len(ids) / 256 * times[0] + new_tokens * 1.5 * times[1])
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
 
 
