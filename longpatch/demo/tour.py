@@ -76,7 +76,7 @@ def _encode(tokenizer, text: str, tokens: int) -> Tensor:
 
 
 def _estimate(model, ids: Tensor, new_tokens: int) -> str:
-    """Time for everything, from one short chunk and one single token, with as much again for attention over the cache."""
+    """Time for everything, from one short chunk and one token, with as much again for attention over the cache."""
     times = []
     for tokens in (256, 1):
         sample = ids[None, :tokens].to(model.device)
