@@ -2,7 +2,6 @@
 
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from longpatch.results import record
 
 
 @dataclass
@@ -63,11 +64,11 @@ def measure(cases: Iterable[Case], rounds: int, seconds: float, output: Path | N
 
 def table(records: list[dict]) -> str:
     """Markdown: a row a case, a column a peer, median milliseconds and how many times faster than the baseline."""
-    peers = list(dict.fromkeys(record["settings"]["peer"] for record in records))
+    peers = list(dict.fromkeys(line["settings"]["peer"] for line in records))
     cells: dict[str, dict[str, str]] = {}
-    for record in records:
-        text = f"{record['value']:.3g} ({record['speedup']:.2f}x)"
-        cells.setdefault(record["settings"]["case"], {})[record["settings"]["peer"]] = text
+    for line in records:
+        text = f"{line['value']:.3g} ({line['speedup']:.2f}x)"
+        cells.setdefault(line["settings"]["case"], {})[line["settings"]["peer"]] = text
     lines = ["| case | " + " | ".join(peers) + " |", "|---" * (len(peers) + 1) + "|"]
     lines += [f"| {case} | " + " | ".join(row.get(peer, "") for peer in peers) + " |" for case, row in cells.items()]
     return "\n".join(lines)
@@ -85,22 +86,16 @@ def _quantile(times: list[float], fraction: float) -> float:
 
 def _record(case: Case, peer: str, times: list[float], baseline_ms: float, first_ms: float) -> dict:
     median = _quantile(times, 0.5)
-    return {
-        "command": "benchmarks.attention",
-        "settings": {"case": case.name, "peer": peer, **case.settings},
-        "metric": "latency",
-        "value": median,
-        "unit": "ms",
+    settings = {"case": case.name, "peer": peer, **case.settings}
+    line = record("benchmarks.attention", "lambda_attention", "latency", median, "ms", len(times), seed=0, **settings)
+    line["versions"]["python"] = platform.python_version()
+    return line | {
         "p20": _quantile(times, 0.2),
         "p80": _quantile(times, 0.8),
         "speedup": baseline_ms / median,
         "first_call_ms": first_ms,
-        "n": len(times),
-        "seed": 0,
         "load_average": getloadavg()[0],
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "device": f"{_processor()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "commit": _commit(),
     }
 
 
@@ -109,12 +104,3 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor()
-
-
-def _commit() -> str:
-    """Short hash of the checkout, with "+" where files differ from it."""
-    root = Path(__file__).parent
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--exclude=*"], cwd=root, capture_output=True, text=True
-    )
-    return described.stdout.strip() or "unknown"

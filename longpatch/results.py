@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+DESCRIBE = ("describe", "--always", "--dirty=+", "--exclude=*")
 VERSIONED = ("longpatch", "torch", "transformers")
 
 
@@ -34,9 +35,9 @@ def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this runs from, None for an installed package."""
+    """The commit of the checkout this runs from, "+" where files differ from it; None for an installed package."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
-    done = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    done = subprocess.run(["git", "-C", str(root), *DESCRIBE], capture_output=True, text=True)
     return done.stdout.strip() or None
