@@ -14,6 +14,7 @@ then up to T tokens long, half of them hold a passkey, and the copied digits wei
 import argparse
 import ast
 import copy
+import itertools
 import json
 import random
 import sysconfig
@@ -114,11 +115,10 @@ def window_length(step, curriculum_steps, longest, rng):
     return rng.choice((64, 96)) if step < 0.6 * curriculum_steps else rng.choice((128, longest))
 
 
-def learning_rate_factor(step, steps, warmup_steps, decay_fraction):
-    """Linear warm-up, constant, then linear decay to zero over the last `decay_fraction` of the run."""
+def learning_rate_factor(step, done, warmup_steps, decay_fraction):
+    """Linear warm-up, constant, then linear decay to zero over the last `decay_fraction`; `done` goes from 0 to 1."""
     warmup = min(1.0, (step + 1) / max(1, warmup_steps))
-    decay = min(1.0, (steps - step) / max(1.0, decay_fraction * steps))
-    return warmup * decay
+    return warmup * min(1.0, max(0.0, 1.0 - done) / max(1e-9, decay_fraction))
 
 
 class Muon(torch.optim.Optimizer):
@@ -183,6 +183,7 @@ def parse_arguments():
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model and the tokenizer to")
     parser.add_argument("--init", type=Path, help="go on from this model and tokenizer instead of starting anew")
     parser.add_argument("--steps", type=int, default=1520)
+    parser.add_argument("--minutes", type=float, help="train this long, however many steps that is, instead of --steps")
     parser.add_argument("--curriculum-steps", type=int, default=300)
     parser.add_argument("--tokens-per-step", type=int, default=8192)
     parser.add_argument("--window", type=int, default=256, help="training length T in tokens")
@@ -249,8 +250,10 @@ def main():
     base_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     forward = torch.compile(model) if arguments.compile else model
     started, smooth = time.perf_counter(), None
-    progress = tqdm(range(arguments.steps), mininterval=5)
+    progress = tqdm(itertools.count(), total=None if arguments.minutes else arguments.steps, mininterval=5)
     for step in progress:
+        spent = (time.perf_counter() - started) / 60
+        done = spent / arguments.minutes if arguments.minutes else step / arguments.steps
         curriculum = step < arguments.curriculum_steps
         length = window_length(step, arguments.curriculum_steps, arguments.window, windows.rng)
         share = 0.5 if curriculum else arguments.passkey_share
@@ -260,7 +263,7 @@ def main():
         loss = (losses * weights).sum() / weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        factor = learning_rate_factor(step, arguments.steps, arguments.warmup_steps, arguments.decay_fraction)
+        factor = learning_rate_factor(step, done, arguments.warmup_steps, arguments.decay_fraction)
         for optimizer, rate in zip(optimizers, base_rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * factor
             optimizer.step()
@@ -271,7 +274,8 @@ def main():
         progress.set_postfix(
             loss=f"{smooth:.3f}", answer=f"{answers.mean():.3f}" if len(answers) else "-", length=length, refresh=False
         )
-        if (step + 1) % arguments.save_every == 0 or step + 1 == arguments.steps:
+        last = done >= 1 if arguments.minutes else step + 1 == arguments.steps
+        if (step + 1) % arguments.save_every == 0 or last:
             run = {
                 "steps": step + 1,
                 "tokens": (step + 1) * arguments.tokens_per_step,
@@ -281,6 +285,8 @@ def main():
                 **data,
             }
             save(model, tokenizer, arguments.out, [*earlier_runs, run])
+        if last:
+            break
 
 
 if __name__ == "__main__":
