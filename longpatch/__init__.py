@@ -4,6 +4,7 @@ from .cache import LambdaCache
 from .config import LambdaConfig
 from .convert import convert_llama_model, convert_model, convert_yi_model, revert_model
 from .errors import LongpatchError
+from .temp_lora import temp_lora
 
 __all__ = [
     "LambdaCache",
@@ -13,4 +14,5 @@ __all__ = [
     "convert_model",
     "convert_yi_model",
     "revert_model",
+    "temp_lora",
 ]

@@ -1,0 +1,297 @@
+"""Learning from one chunk of text at a time, and the context manager for loops of one's own."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from ..errors import LongpatchError
+from .adapter import Adapter
+from .options import LearnOptions
+from .targets import find_targets
+from .untouched import evaluating, frozen, own_randomness
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What learning one chunk gave.
+
+    Attributes:
+        nll: [rows, n] in nats, of the new tokens before any update that saw them, under the adapters as they were then
+            (with their dropout, where there is one); nan where nothing predicted a token or it was masked.
+        losses: mean loss of each epoch over all rows' tokens, in nats.
+        seconds: wall time.
+    """
+
+    nll: Tensor
+    losses: list[float]
+    seconds: float
+
+
+class Learner:
+    """A temporary adapter on a model, and its optimiser. Made by `temp_lora`."""
+
+    def __init__(self, model: Any, options: LearnOptions):
+        self.model, self.options = model, options
+        self.causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.targets = find_targets(self.causal, options)
+        self.adapter: Adapter | None = None
+        self.steps = 0
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._row_weights: list[list[Tensor]] = []
+
+    def start(self, rows: int) -> Adapter:
+        """Make adapters for `rows` rows, which change nothing yet."""
+        if self.adapter is None:
+            self.adapter = Adapter(self.targets, self.options, rows)
+            self.adapter.attach()
+            for row in range(rows):
+                self._row_weights.append([weights[row].detach() for weights in self.adapter.weights])
+                self._optimizers.append(self._optimizer(self._row_weights[row]))
+        if self.adapter.rows != rows:
+            raise LongpatchError("learn", [f"{rows} rows, but adapters for {self.adapter.rows} exist"])
+        return self.adapter
+
+    def stop(self) -> None:
+        """Take the adapters off the model."""
+        if self.adapter is not None:
+            self.adapter.detach()
+
+    def learn(
+        self,
+        context_ids: Tensor | None,
+        new_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+    ) -> Learned:
+        """Learn `new_ids` [rows, n] as they follow `context_ids` [rows, c]; each row teaches its own adapter.
+
+        Loss is the mean over a row's new tokens that follow something and that `loss_mask` [rows, n] allows. A row
+        without such tokens learns nothing.
+
+        Args:
+            attention_mask: [rows, c + n], 0 = left padding.
+
+        Raises:
+            LongpatchError: for shapes that do not fit together.
+        """
+        began = time.perf_counter()
+        new_ids = _two_dimensional("new_ids", new_ids).to(self.causal.device)
+        rows, count = new_ids.shape
+        if context_ids is None:
+            context_ids = new_ids[:, :0]
+        context_ids = _two_dimensional("context_ids", context_ids).to(new_ids.device)
+        total = context_ids.shape[1] + count
+        for name, tensor, shape in (
+            ("context_ids", context_ids, (rows, context_ids.shape[1])),
+            ("attention_mask", attention_mask, (rows, total)),
+            ("loss_mask", loss_mask, (rows, count)),
+        ):
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise LongpatchError("learn", [f"{name} has shape {list(tensor.shape)}"], f"{list(shape)}")
+        adapter = self.start(rows)
+        ids = torch.cat((context_ids, new_ids), dim=1).clone()
+        mask = None if attention_mask is None or attention_mask.all() else attention_mask.to(ids.device)
+        scored = _scored(ids, count, mask, loss_mask)
+        if not scored.any():
+            return Learned(torch.full((rows, count), torch.nan, device=ids.device), [], 0.0)
+        adapter.learning = True
+        first, losses = None, []
+        checkpointing = self.options.gradient_checkpointing
+        try:
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                evaluating(self.causal, checkpointing),
+                own_randomness(self.options.seed + self.steps, [w.device for w in adapter.weights]),
+            ):
+                forward = self._forward(ids, count, mask)
+                for _ in range(self.options.epochs):
+                    nll = forward()
+                    weighted = torch.where(scored, nll, 0).sum(dim=1) / scored.sum(dim=1).clamp_min(1)
+                    for gradient in adapter.gradients:
+                        gradient.zero_()
+                    weighted.sum().backward()
+                    self._step(scored.any(dim=1).tolist())
+                    nll = nll.detach()
+                    first = nll if first is None else first
+                    losses.append(nll[scored].mean().item())
+        finally:
+            adapter.learning = False
+        assert first is not None
+        return Learned(first.masked_fill(~scored, torch.nan), losses, time.perf_counter() - began)
+
+    @torch.no_grad()
+    def score(self, context_ids: Tensor | None, new_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """NLL [rows, n] of `new_ids` after `context_ids` in nats under the adapters as they are; nan for a first token."""
+        context_ids = new_ids[:, :0] if context_ids is None else context_ids
+        ids = torch.cat((context_ids, new_ids), dim=1).to(self.causal.device)
+        return _whole(self.model, ids, new_ids.shape[1], attention_mask)
+
+    def _forward(self, ids: Tensor, count: int, mask: Tensor | None):
+        """A function that gives the NLL [rows, count] of the last tokens, as often as there are epochs."""
+        context = ids.shape[1] - count
+        detached = not self.options.context_grad or self.options.trainable == "queries"
+        if not detached or context < 2:
+            return lambda: _whole(self.model, ids, count, mask)
+        positions = None if mask is None else (mask.cumsum(dim=1) - 1).clamp_min(0)
+        first, rest = slice(0, context - 1), slice(context - 1, ids.shape[1] - 1)
+        with torch.no_grad():
+            cache = self.model(
+                input_ids=ids[:, first],
+                attention_mask=None if mask is None else mask[:, first],
+                position_ids=None if positions is None else positions[:, first],
+                use_cache=True,
+                logits_to_keep=1,
+            ).past_key_values
+
+        def continued() -> Tensor:
+            output = self.model(
+                input_ids=ids[:, rest],
+                attention_mask=None if mask is None else mask[:, :-1],
+                position_ids=None if positions is None else positions[:, rest],
+                past_key_values=deepcopy(cache),
+                use_cache=True,
+            )
+            return _nll(output.logits, ids[:, context:])
+
+        return continued
+
+    def _optimizer(self, weights: list[Tensor]) -> torch.optim.Optimizer:
+        settings = {"lr": self.options.learning_rate, "eps": 1e-7, "weight_decay": 0.0}
+        if self.options.optimizer_8bit:
+            from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+
+            return AdamW8bit(weights, **settings)
+        return torch.optim.AdamW(weights, fused=True, **settings)
+
+    def _step(self, learning: list[bool]) -> None:
+        assert self.adapter is not None
+        self.steps += 1
+        rate = self.options.learning_rate * min(1.0, self.steps / max(1, self.options.warmup_steps))
+        for row, optimizer in enumerate(self._optimizers):
+            if not learning[row]:
+                continue
+            for weights, gradient in zip(self._row_weights[row], self.adapter.gradients, strict=True):
+                weights.grad = gradient[row]
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain data from which `load_state` goes on exactly as this learner would."""
+        tensors: dict[str, Tensor] = {}
+        if self.adapter is None:
+            return tensors, {"rows": None, "steps": self.steps}
+        for device, weights in enumerate(self.adapter.weights):
+            tensors[f"weights.{device}"] = weights
+        for row, optimizer in enumerate(self._optimizers):
+            for index, values in optimizer.state_dict()["state"].items():
+                for name, value in values.items():
+                    tensors[f"optimizer.{row}.{index}.{name}"] = torch.as_tensor(value)
+        return tensors, {"rows": self.adapter.rows, "steps": self.steps}
+
+    def load_state(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+        self.steps = data["steps"]
+        if data["rows"] is None:
+            return
+        adapter = self.start(data["rows"])
+        for device, weights in enumerate(adapter.weights):
+            weights.copy_(tensors[f"weights.{device}"])
+        for row, optimizer in enumerate(self._optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                kind, _, rest = key.partition(".")
+                if kind == "optimizer" and rest.startswith(f"{row}."):
+                    _, index, name = rest.split(".", 2)
+                    state.setdefault(int(index), {})[name] = value
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+@contextmanager
+def temp_lora(model: Any, options: LearnOptions | None = None, **settings: Any) -> Iterator[Learner]:
+    """A temporary adapter that learns while you generate or read with a loop of your own (arXiv 2401.11504)::
+
+        with temp_lora(model, rank=64, learning_rate=5e-5) as learner:
+            learner.learn(context_ids, new_ids)  # [rows, c] and [rows, n]
+            model(...)  # with what was learned
+
+    Works on any causal language model of transformers, converted by longpatch or not, with adapters of peft or
+    quantised. The base weights are never written to. On leaving, however that happens, no adapter is left and
+    `requires_grad`, train flags and random generators are as before.
+
+    Args:
+        settings: fields of `LearnOptions`.
+
+    Raises:
+        LongpatchError: listing everything that is wrong with model and settings; the model is untouched.
+    """
+    check_model(model)
+    learner = Learner(model, make_options(LearnOptions, options, settings))
+    with frozen(model):
+        try:
+            yield learner
+        finally:
+            learner.stop()
+
+
+def make_options(kind: type, options: Any, settings: dict[str, Any]) -> Any:
+    """`options`, or `kind(**settings)` with unknown names refused."""
+    known = kind.__dataclass_fields__
+    unknown = [f"no option {name!r}" for name in settings if name not in known]
+    if unknown:
+        raise LongpatchError("temp_lora", unknown, ", ".join(known))
+    if options is None:
+        return kind(**settings)
+    return options.replace(**settings)
+
+
+def check_model(model: Any) -> None:
+    """Raises LongpatchError unless `model` is a causal language model of transformers, or peft around one."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(causal, PreTrainedModel) or not isinstance(model, nn.Module):
+        raise LongpatchError("temp_lora", [f"model is a {type(model).__name__}, not a model of transformers"])
+    if causal.config.is_encoder_decoder or not causal.can_generate():
+        raise LongpatchError("temp_lora", [f"{type(causal).__name__} is not a causal language model"])
+
+
+def _two_dimensional(name: str, ids: Tensor) -> Tensor:
+    if ids.ndim == 1:
+        ids = ids[None]
+    if ids.ndim != 2 or ids.is_floating_point():
+        raise LongpatchError("learn", [f"{name} has shape {list(ids.shape)} of {ids.dtype}"], "token ids [rows, n]")
+    return ids
+
+
+def _scored(ids: Tensor, count: int, mask: Tensor | None, loss_mask: Tensor | None) -> Tensor:
+    """Which of the last `count` tokens teach, [rows, count]: those that are there, allowed, and follow a token."""
+    there = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    follows = torch.zeros_like(there)
+    follows[:, 1:] = there[:, :-1]
+    scored = (there & follows)[:, ids.shape[1] - count :]
+    return scored if loss_mask is None else scored & loss_mask.to(scored.device).bool()
+
+
+def _whole(model: Any, ids: Tensor, count: int, mask: Tensor | None) -> Tensor:
+    """NLL [rows, count] of the last `count` of `ids` in one forward; nan for a token that nothing precedes."""
+    positions = None if mask is None else (mask.cumsum(dim=1) - 1).clamp_min(0)
+    keep = min(count + 1, ids.shape[1])
+    logits = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep
+    ).logits[:, :-1]
+    nll = _nll(logits, ids[:, ids.shape[1] - keep + 1 :])
+    if keep == count:
+        nll = torch.cat((torch.full_like(nll[:, :1], torch.nan), nll), dim=1) if count > 1 else torch.full_like(ids[:, :1], torch.nan, dtype=torch.float32)
+    return nll
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)

@@ -1,0 +1,100 @@
+"""Settings of Temp-LoRA, validated and frozen."""
+
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+from ..errors import LongpatchError
+
+TRAINABLE = ("all", "queries")
+UNSUPPORTED_PEFT = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "trainable_token_indices")
+
+
+@dataclass(frozen=True)
+class LearnOptions:
+    """How a temporary adapter learns; defaults are those of Temp-LoRA (arXiv 2401.11504, section 4).
+
+    Attributes:
+        rank, alpha: of the low-rank update `alpha / rank * up @ down` of each target.
+        dropout: share of an adapter's inputs set to 0 while learning.
+        target_modules: names, or ends of names, of linear layers; None = all of them but the output layer.
+        learning_rate: of AdamW (eps 1e-7, no decay), reached after `warmup_steps` optimiser steps, constant from there.
+        epochs: optimiser steps on each chunk.
+        gradient_checkpointing: compute activations twice and hold fewer of them.
+        optimizer_8bit: AdamW of bitsandbytes with 8-bit state.
+        trainable: "all" targets, or "queries": query projections only, so that keys and values in a cache stay valid
+            (qTTT, arXiv 2512.13898).
+        context_grad: let gradients flow into the context's keys and values; False detaches them, which is faster.
+        seed: of the adapters' first weights and of dropout; every row of a batch starts alike.
+        peft_config: a peft `LoraConfig` whose rank, alpha, dropout and targets replace those given here.
+
+    Raises:
+        LongpatchError: listing every setting that is out of range.
+    """
+
+    rank: int = 64
+    alpha: float = 64
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] | None = None
+    learning_rate: float = 5e-5
+    warmup_steps: int = 2
+    epochs: int = 2
+    gradient_checkpointing: bool = False
+    optimizer_8bit: bool = False
+    trainable: str = "all"
+    context_grad: bool = True
+    seed: int = 0
+    peft_config: Any = None
+
+    def __post_init__(self):
+        reasons = []
+        if self.peft_config is not None:
+            reasons += self._take_over(self.peft_config)
+        if isinstance(self.target_modules, list | set | frozenset):
+            object.__setattr__(self, "target_modules", tuple(sorted(self.target_modules)))
+        elif isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", (self.target_modules,))
+        reasons += integers(self, rank=1, epochs=1, warmup_steps=0)
+        for name, low, high in (("dropout", 0, 1), ("alpha", 0, float("inf")), ("learning_rate", 0, float("inf"))):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value < high:
+                reasons.append(f"{name}={value!r} must be a number in [{low}, {high})")
+        if self.trainable not in TRAINABLE:
+            reasons.append(f"trainable={self.trainable!r} must be one of {', '.join(TRAINABLE)}")
+        if self.trainable == "queries" and self.target_modules is not None:
+            reasons.append("trainable='queries' chooses the targets itself; leave target_modules out")
+        if self.optimizer_8bit and find_spec("bitsandbytes") is None:
+            reasons.append("optimizer_8bit=True needs the package bitsandbytes")
+        if reasons:
+            raise LongpatchError("temp_lora", reasons)
+
+    def _take_over(self, peft_config: Any) -> list[str]:
+        given = {"peft_type": getattr(peft_config, "peft_type", None)}
+        if getattr(given["peft_type"], "value", given["peft_type"]) != "LORA":
+            return [f"peft_config is a {type(peft_config).__name__}, not a LoraConfig"]
+        targets = peft_config.target_modules
+        object.__setattr__(self, "rank", peft_config.r)
+        scale = peft_config.r**0.5 if peft_config.use_rslora else 1
+        object.__setattr__(self, "alpha", peft_config.lora_alpha * scale)
+        object.__setattr__(self, "dropout", peft_config.lora_dropout)
+        object.__setattr__(self, "target_modules", None if targets in (None, "all-linear") else targets)
+        object.__setattr__(self, "peft_config", None)
+        set_there = [name for name in UNSUPPORTED_PEFT if getattr(peft_config, name, None)]
+        return [f"peft_config.{name} is set, which a temporary adapter does not do" for name in set_there]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for a checkpoint."""
+        return asdict(self)
+
+    def replace(self, **changes) -> "LearnOptions":
+        return replace(self, **changes)
+
+
+def integers(options: Any, **least: int) -> list[str]:
+    """A reason for each named setting that is not an integer of at least the number given."""
+    values = {name: getattr(options, name) for name in least}
+    return [
+        f"{name}={value!r} must be an integer of at least {least[name]}"
+        for name, value in values.items()
+        if not isinstance(value, int) or isinstance(value, bool) or value < least[name]
+    ]

@@ -1,0 +1,70 @@
+"""Which linear layers of a model an adapter sits on."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import LongpatchError
+from .options import LearnOptions
+
+QUERY_NAMES = ("q_proj", "query", "q_lin", "wq", "q")
+
+
+def find_targets(model: nn.Module, options: LearnOptions) -> dict[str, nn.Module]:
+    """Linear layers by name, in the order of the model: those that `options` ask for.
+
+    A layer that peft has wrapped counts as one: the temporary adapter comes on top of the user's own.
+
+    Raises:
+        LongpatchError: if nothing matches.
+    """
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linears = dict(_linears(model, "", output))
+    if not linears:
+        raise LongpatchError("temp_lora", [f"{type(model).__name__} has no linear layers"])
+    wanted = QUERY_NAMES if options.trainable == "queries" else options.target_modules
+    if wanted is None:
+        return linears
+    found = {name: module for name, module in linears.items() if any(_ends(name, end) for end in wanted)}
+    missing = [end for end in wanted if not any(_ends(name, end) for name in linears)]
+    kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
+    if options.trainable == "queries":
+        if not found:
+            raise LongpatchError("temp_lora", ["trainable='queries': no projection makes queries alone"], kinds)
+    elif missing:
+        raise LongpatchError("temp_lora", [f"target_modules: no linear layer {name!r}" for name in missing], kinds)
+    return found
+
+
+def features(module: Any) -> tuple[int, int]:
+    """Input and output size of a linear layer."""
+    inner = getattr(module, "base_layer", module)
+    if isinstance(inner, Conv1D):
+        return inner.weight.shape[0], inner.weight.shape[1]
+    return inner.in_features, inner.out_features
+
+
+def device_of(module: Any) -> torch.device:
+    """Where a layer computes, which is not where its weights rest if accelerate loads them for each forward."""
+    hook = getattr(module, "_hf_hook", None)
+    execution = getattr(hook, "execution_device", None)
+    if execution is not None:
+        return torch.device(execution)
+    return getattr(module, "base_layer", module).weight.device
+
+
+def _linears(module: nn.Module, name: str, output: nn.Module | None):
+    wrapped = getattr(module, "base_layer", module)
+    if module is output or wrapped is output:
+        return
+    if isinstance(wrapped, nn.Linear | Conv1D):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _linears(child, f"{name}.{child_name}" if name else child_name, output)
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
