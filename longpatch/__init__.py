@@ -4,12 +4,13 @@ from .cache import LambdaCache
 from .config import LambdaConfig
 from .convert import convert_llama_model, convert_model, convert_yi_model, revert_model
 from .errors import LongpatchError
-from .temp_lora import temp_lora
+from .temp_lora import TempLoraGenerator, temp_lora
 
 __all__ = [
     "LambdaCache",
     "LambdaConfig",
     "LongpatchError",
+    "TempLoraGenerator",
     "convert_llama_model",
     "convert_model",
     "convert_yi_model",

@@ -1,6 +1,7 @@
 """A model that learns while it writes: temporary low-rank adapters (Temp-LoRA, arXiv 2401.11504)."""
 
+from .generator import TempLoraGenerator
 from .learner import Learned, Learner, temp_lora
-from .options import LearnOptions
+from .options import GeneratorOptions, LearnOptions
 
-__all__ = ["LearnOptions", "Learned", "Learner", "temp_lora"]
+__all__ = ["GeneratorOptions", "LearnOptions", "Learned", "Learner", "TempLoraGenerator", "temp_lora"]

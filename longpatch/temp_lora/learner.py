@@ -134,18 +134,18 @@ class Learner:
         """NLL [rows, n] of `new_ids` after `context_ids` in nats under the adapters as they are; nan for a first token."""
         context_ids = new_ids[:, :0] if context_ids is None else context_ids
         ids = torch.cat((context_ids, new_ids), dim=1).to(self.causal.device)
-        return _whole(self.model, ids, new_ids.shape[1], attention_mask)
+        return _whole(self.causal, ids, new_ids.shape[1], attention_mask)
 
     def _forward(self, ids: Tensor, count: int, mask: Tensor | None):
         """A function that gives the NLL [rows, count] of the last tokens, as often as there are epochs."""
         context = ids.shape[1] - count
         detached = not self.options.context_grad or self.options.trainable == "queries"
         if not detached or context < 2:
-            return lambda: _whole(self.model, ids, count, mask)
+            return lambda: _whole(self.causal, ids, count, mask)
         positions = None if mask is None else (mask.cumsum(dim=1) - 1).clamp_min(0)
         first, rest = slice(0, context - 1), slice(context - 1, ids.shape[1] - 1)
         with torch.no_grad():
-            cache = self.model(
+            cache = self.causal(
                 input_ids=ids[:, first],
                 attention_mask=None if mask is None else mask[:, first],
                 position_ids=None if positions is None else positions[:, first],
@@ -154,7 +154,7 @@ class Learner:
             ).past_key_values
 
         def continued() -> Tensor:
-            output = self.model(
+            output = self.causal(
                 input_ids=ids[:, rest],
                 attention_mask=None if mask is None else mask[:, :-1],
                 position_ids=None if positions is None else positions[:, rest],
@@ -243,12 +243,13 @@ def temp_lora(model: Any, options: LearnOptions | None = None, **settings: Any) 
             learner.stop()
 
 
-def make_options(kind: type, options: Any, settings: dict[str, Any]) -> Any:
-    """`options`, or `kind(**settings)` with unknown names refused."""
+def make_options(kind: Any, options: Any, settings: dict[str, Any], also: Any = None) -> Any:
+    """`options` with `settings`, or `kind(**settings)`; unknown names are refused, naming those of `also` too."""
     known = kind.__dataclass_fields__
     unknown = [f"no option {name!r}" for name in settings if name not in known]
     if unknown:
-        raise LongpatchError("temp_lora", unknown, ", ".join(known))
+        others = () if also is None else also.__dataclass_fields__
+        raise LongpatchError("temp_lora", unknown, ", ".join((*others, *known)))
     if options is None:
         return kind(**settings)
     return options.replace(**settings)

@@ -90,6 +90,47 @@ class LearnOptions:
         return replace(self, **changes)
 
 
+@dataclass(frozen=True)
+class GeneratorOptions:
+    """When a generator learns, and what it sees; defaults are those of Temp-LoRA.
+
+    Attributes:
+        chunk_tokens: new tokens to write before they are learned.
+        context_tokens: tokens before a chunk that it is learned with.
+        inference_context_tokens: latest tokens a cache built anew holds, behind the sinks of a converted model; None =
+            `context_tokens`.
+        learn_prompt: first walk the prompt chunk by chunk, learning.
+        cache_reuse_chunks: chunks to keep keys and values for before they are computed anew; None = 1, or for
+            `trainable="queries"` for ever, as they stay valid.
+        measure: compute each chunk's perplexity after learning it as well.
+        progress: show a bar on stderr.
+
+    Raises:
+        LongpatchError: listing every setting that is out of range.
+    """
+
+    chunk_tokens: int = 1024
+    context_tokens: int = 3072
+    inference_context_tokens: int | None = None
+    learn_prompt: bool = False
+    cache_reuse_chunks: int | None = None
+    measure: bool = True
+    progress: bool = True
+
+    def __post_init__(self):
+        reasons = integers(self, chunk_tokens=1, context_tokens=1)
+        optional = {
+            name: 1 for name in ("inference_context_tokens", "cache_reuse_chunks") if getattr(self, name) is not None
+        }
+        reasons += integers(self, **optional)
+        if reasons:
+            raise LongpatchError("TempLoraGenerator", reasons)
+
+    @property
+    def inference_context(self) -> int:
+        return self.context_tokens if self.inference_context_tokens is None else self.inference_context_tokens
+
+
 def integers(options: Any, **least: int) -> list[str]:
     """A reason for each named setting that is not an integer of at least the number given."""
     values = {name: getattr(options, name) for name in least}

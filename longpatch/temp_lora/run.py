@@ -1,0 +1,342 @@
+"""One generation: what happens between the forwards of one call of `model.generate`.
+
+`generate` itself writes the text. Two things are set on the model while it runs: a wrapper around its stopping criteria,
+which are shown the whole text after each token, and a forward pre-hook, which is called exactly when generation goes on.
+The hook learns what is due, builds the cache anew in place, and fits the arguments of the forward to what the cache holds.
+"""
+
+import functools
+import json
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import StoppingCriteriaList
+from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerationMode
+
+from ..cache import LambdaCache
+from ..errors import LongpatchError
+from ..padding import Padding
+from .checkpoint import (
+    cache_state,
+    empty_cache,
+    fingerprint,
+    restore_cache,
+    save_state,
+    with_prefix,
+    without_prefix,
+)
+from .learner import Learned, Learner
+from .options import GeneratorOptions
+from .visible import sinks_of, visible
+
+NEVER = 2**62
+
+
+class Run:
+    """State of one generation.
+
+    Attributes:
+        text: [rows, n] so far, prompt included; `first` [rows]: each row's first token; `end` [rows]: where rows ended.
+        learned: tokens learned, or never to be learned (a prompt).
+        shift: tokens of the text that the cache has no columns for, None while generate's own arguments hold;
+            `mask` [rows, w] of the columns it was built with, None = nothing masked.
+    """
+
+    def __init__(self, learner: Learner, options: GeneratorOptions, folder: Path | None, objects: list[str]):
+        self.learner, self.options, self.folder, self.objects = learner, options, folder, objects
+        self.causal: Any = learner.causal
+        self.history: list[dict[str, float]] = []
+        self.text: Tensor
+        self.first: Tensor
+        self.end: Tensor
+        self.mask: Tensor | None = None
+        self.shift: int | None = None
+        self.learned = self.prompt_tokens = self.age = 0
+        self.elapsed = 0.0
+        self._cache: Any = None
+        self._resumed: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        self._began = self._clock = time.perf_counter()
+        self._started = self._busy = False
+        self._config: Any = None
+        self._bar: Any = None
+
+    @property
+    def reuse_chunks(self) -> int:
+        if self.options.cache_reuse_chunks is not None:
+            return self.options.cache_reuse_chunks
+        return NEVER if self.learner.options.trainable == "queries" else 1
+
+    @contextmanager
+    def watching(self):
+        """Set hook and wrapper on the model, for one call of generate."""
+        name = "_get_stopping_criteria"
+        original = getattr(self.causal, name, None)
+        if original is None:
+            raise LongpatchError("TempLoraGenerator", [f"this version of transformers has no generate.{name}"])
+        before = vars(self.causal).get(name)
+        vars(self.causal)[name] = functools.partial(self._criteria, original)
+        hook = self.causal.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+            if before is None:
+                del vars(self.causal)[name]
+            else:
+                vars(self.causal)[name] = before
+            if self._bar is not None:
+                self._bar.close()
+
+    def _criteria(self, original, generation_config, *args, **kwargs) -> StoppingCriteriaList:
+        mode = generation_config.get_generation_mode()
+        reasons = []
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            reasons.append(f"{mode.value.replace('_', ' ')}: there is no one line of text to learn from")
+        if generation_config.use_cache is False:
+            reasons.append("use_cache=False")
+        if generation_config.prefill_chunk_size is not None:
+            reasons.append("prefill_chunk_size (no more than the inference context is read at once)")
+        if generation_config.guidance_scale not in (None, 1):
+            reasons.append("guidance_scale: a second text, without a prompt, that learns nothing")
+        if reasons:
+            raise LongpatchError("TempLoraGenerator.generate", reasons, "greedy decoding and sampling")
+        self._config = generation_config
+        if self._resumed is not None and generation_config.max_time is not None:
+            generation_config.max_time = max(0.0, generation_config.max_time - self._resumed[1]["elapsed"])
+        return Watched(original(generation_config, *args, **kwargs), self.written)
+
+    def written(self, text: Tensor, done: Tensor) -> Tensor:
+        """Told the text [rows, n] after each token and which rows are done; returns which rows are."""
+        self.text = text
+        done = done | (self.end < text.shape[1])
+        self.end = torch.where(done & (self.end == NEVER), text.shape[1], self.end)
+        if self._bar is not None:
+            self._bar.update(1)
+        return done
+
+    def _before_forward(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if self._busy:
+            return None
+        self._busy = True
+        try:
+            if not self._started:
+                self._begin(kwargs)
+            self._advance()
+        finally:
+            self._busy = False
+        return args, self._arguments(kwargs)
+
+    def _begin(self, kwargs: dict[str, Any]) -> None:
+        self._started = True
+        self._cache = kwargs.get("past_key_values")
+        if not isinstance(self._cache, LambdaCache) and type(self._cache) is not DynamicCache:
+            raise LongpatchError(
+                "TempLoraGenerator.generate", [f"a cache of type {type(self._cache).__name__}"], "the default cache"
+            )
+        self.text = kwargs["input_ids"]
+        rows, count = self.text.shape
+        mask = kwargs.get("attention_mask")
+        self.first = self.text.new_zeros(rows) if mask is None else (mask == 0).sum(dim=1)
+        self.end = torch.full_like(self.first, NEVER)
+        self.prompt_tokens = count
+        self.learned = 0 if self.options.learn_prompt else count
+        if self._resumed is None:
+            self.learner.start(rows)
+            self._save()
+            if not self.options.learn_prompt and count - 1 > sinks_of(self.causal) + self.options.inference_context:
+                self._rebuild(0)
+        else:
+            self._restore(*self._resumed)
+        if self.options.progress:
+            total = self._config.max_length - self.prompt_tokens if self._config.max_length else None
+            done = self.text.shape[1] - self.prompt_tokens
+            self._bar = tqdm(total=total, initial=done, unit="tok", unit_scale=True, mininterval=1)
+        self._clock = time.perf_counter()
+
+    def _advance(self) -> None:
+        """Learn every whole chunk that is due; then, if the cache is old, build it anew."""
+        count, chunk = self.text.shape[1], self.options.chunk_tokens
+        while self.learned + chunk <= count:
+            stop = self.learned + chunk
+            now = time.perf_counter()
+            entry = {"start": self.learned, "stop": stop, "generate_seconds": now - self._clock}
+            learned = self._learn(self.learned, stop)
+            entry |= {"learn_seconds": learned.seconds, "loss": learned.losses[-1] if learned.losses else float("nan")}
+            entry |= {"perplexity_before": _perplexity(learned.nll), "perplexity_after": float("nan")}
+            entry["rebuild_seconds"] = 0.0
+            self.learned = stop
+            self.age += 1
+            if self.learned + chunk > count and (self.age >= self.reuse_chunks or self.shift is None and not self._covers()):
+                began = time.perf_counter()
+                entry["perplexity_after"] = _perplexity(self._rebuild(chunk))
+                entry["rebuild_seconds"] = time.perf_counter() - began
+            elif self.options.measure:
+                entry["perplexity_after"] = _perplexity(self._score(stop - chunk, stop))
+            self.history.append(entry)
+            self._clock = time.perf_counter()
+            self._save()
+            self._show(entry)
+
+    def _covers(self) -> bool:
+        return self._cache.get_seq_length() > 0
+
+    def _seen(self, stop: int, tokens: int):
+        """What is visible of the text before token `stop`, and its mask with every row's padding."""
+        return visible(self.text[:, :stop], self._full_mask(stop), tokens, sinks_of(self.causal))
+
+    def _full_mask(self, stop: int) -> Tensor | None:
+        if not self.first.any():
+            return None
+        return (torch.arange(stop, device=self.first.device) >= self.first[:, None]).long()
+
+    def _chunk(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        seen = self._seen(start, self.options.context_tokens)
+        columns = torch.arange(start, stop, device=self.text.device)
+        there = (columns >= self.first[:, None]) & (columns < self.end[:, None])
+        mask = None
+        if self.first.any():
+            before = torch.ones_like(seen.ids) if seen.mask is None else seen.mask
+            mask = torch.cat((before, (columns >= self.first[:, None]).long()), dim=1)
+        return seen.ids, self.text[:, start:stop], mask, there
+
+    def _learn(self, start: int, stop: int) -> Learned:
+        context, new, mask, there = self._chunk(start, stop)
+        return self.learner.learn(context, new, attention_mask=mask, loss_mask=there)
+
+    def _score(self, start: int, stop: int) -> Tensor:
+        context, new, mask, there = self._chunk(start, stop)
+        return self.learner.score(context, new, mask).masked_fill(~there, torch.nan)
+
+    @torch.no_grad()
+    def _rebuild(self, scored: int) -> Tensor:
+        """Read what is visible of the text but for its last token into an emptied cache; NLL [rows, `scored`] on the way."""
+        count = self.text.shape[1]
+        seen = self._seen(count - 1, self.options.inference_context)
+        cache = self._cache
+        cache.layers = empty_cache(self.causal).layers
+        if isinstance(cache, LambdaCache):
+            cache.padding = Padding()
+        width = seen.ids.shape[1]
+        scored = min(scored, width) if self.options.measure else 0
+        positions = None if seen.mask is None else (seen.mask.cumsum(dim=1) - 1).clamp_min(0)
+        output = self.causal(
+            input_ids=seen.ids,
+            attention_mask=seen.mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=max(1, scored),
+        )
+        self.mask, self.shift, self.age = seen.mask, count - 1 - width, 0
+        if not scored:
+            return torch.full((len(self.text), 1), torch.nan)
+        targets = self.text[:, count - scored :]
+        nll = cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
+        columns = torch.arange(count - scored, count, device=nll.device)
+        return nll.masked_fill((columns <= self.first[:, None]) | (columns >= self.end[:, None]), torch.nan)
+
+    def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the forward, fitted to the cache: the tokens it lacks, its mask, positions that go on from it."""
+        if self.shift is None:
+            return kwargs
+        past = self._cache.get_seq_length()
+        inputs = self.text[:, past + self.shift :].to(kwargs["input_ids"].device)
+        total = past + inputs.shape[1]
+        columns = torch.arange(past, total, device=inputs.device)[None]
+        if self.mask is None:
+            mask, positions = None, columns
+        else:
+            ones = self.mask.new_ones(len(self.mask), total - self.mask.shape[1])
+            mask = torch.cat((self.mask, ones), dim=1)
+            positions = columns - (self.mask == 0).sum(dim=1)[:, None]
+        fitted = {"input_ids": inputs, "attention_mask": mask, "position_ids": positions}
+        return kwargs | {name: value for name, value in fitted.items() if name != "position_ids" or name in kwargs}
+
+    def _show(self, entry: dict[str, float]) -> None:
+        if self._bar is not None:
+            shown = {"loss": entry["loss"], "ppl": entry["perplexity_before"], "after": entry["perplexity_after"]}
+            self._bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        tensors, learner = self.learner.state()
+        tensors = with_prefix("learner", tensors)
+        held, cache = cache_state(self._cache)
+        tensors |= with_prefix("cache", held)
+        full = self._full_mask(self.text.shape[1])
+        tensors |= {
+            "text": self.text,
+            "mask": torch.ones_like(self.text) if full is None else full,
+            "end": self.end,
+            "rng": torch.get_rng_state(),
+        }
+        if self.mask is not None:
+            tensors["cache mask"] = self.mask
+        if self.text.is_cuda:
+            tensors["cuda rng"] = torch.cuda.get_rng_state(self.text.device)
+        config = json.loads(self._config.to_json_string(use_diff=False))
+        data = {
+            "model": fingerprint(self.causal),
+            "options": asdict(self.options),
+            "learn_options": self.learner.options.to_dict(),
+            "generation_config": {name: value for name, value in config.items() if not name.startswith("_")}
+            | {"max_new_tokens": None, "min_new_tokens": None, "min_length": self._min_length()},
+            "objects": self.objects,
+            "learner": learner,
+            "cache": cache,
+            "counters": {name: getattr(self, name) for name in ("learned", "prompt_tokens", "age", "shift")},
+            "elapsed": self.elapsed + time.perf_counter() - self._began,
+            "history": self.history,
+        }
+        save_state(self.folder, tensors, data)
+
+    def _min_length(self) -> int:
+        least = self._config.min_length or 0
+        new = self._config.min_new_tokens
+        return least if new is None else max(least, self.prompt_tokens + new)
+
+    def resume_from(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+        """Go on from a saved state at the first forward."""
+        self._resumed = tensors, data
+        self.elapsed = data["elapsed"]
+        self.history += data["history"]
+
+    def _restore(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+        for name, value in data["counters"].items():
+            setattr(self, name, value)
+        self.end = tensors["end"].to(self.text.device)
+        if "cache mask" in tensors:
+            self.mask = tensors["cache mask"].to(self.text.device)
+        self.learner.load_state(without_prefix("learner", tensors), data["learner"])
+        if data["cache"] is not None:
+            held = without_prefix("cache", tensors)
+            devices = [self.causal.device] * len(self._cache.layers)
+            restore_cache(self._cache, held, data["cache"], devices)
+        torch.set_rng_state(tensors["rng"])
+        if "cuda rng" in tensors:
+            torch.cuda.set_rng_state(tensors["cuda rng"], self.text.device)
+
+
+class Watched(StoppingCriteriaList):
+    """Stopping criteria that tell a run what they are shown and what they decide."""
+
+    def __init__(self, criteria: StoppingCriteriaList, tell):
+        super().__init__(criteria)
+        self.tell = tell
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return self.tell(input_ids, super().__call__(input_ids, scores, **kwargs))
+
+
+def _perplexity(nll: Tensor) -> float:
+    scored = nll[~nll.isnan()]
+    return scored.mean().exp().item() if len(scored) else float("nan")
