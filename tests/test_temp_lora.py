@@ -174,7 +174,10 @@ def test_whatever_happens_the_model_is_as_it_was(error, peft, monkeypatch):
 
 
 def test_the_users_own_adapters_stay_and_count():
-    model, ids = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)), random_ids(1, 40)
+    model, ids = (
+        get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)),
+        random_ids(1, 40),
+    )
     expected = model(ids).logits
     with temp_lora(model, **SETTINGS) as learner:
         assert len(learner.targets) == 14

@@ -80,7 +80,11 @@ def walk_document(
     with temp_lora(model, walk.learn) as learner:
         learner.start(rows=1)
         # what the state must belong to
-        owner = {"model": fingerprint(model), "walk": repr(walk), "ids": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
+        owner = {
+            "model": fingerprint(model),
+            "walk": repr(walk),
+            "ids": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+        }
         if checkpoint is not None and (checkpoint / "state.safetensors").exists():
             _load(checkpoint, owner, document, readers, learner)
             yield document
@@ -94,7 +98,9 @@ def walk_document(
             yield document
 
 
-def _chunk(ids: Tensor, start: int, stop: int, walk: Walk, document: Document, readers: dict[str, Reader], learner: Learner):
+def _chunk(
+    ids: Tensor, start: int, stop: int, walk: Walk, document: Document, readers: dict[str, Reader], learner: Learner
+):
     clock = time.perf_counter()
 
     def lap(part: str) -> None:
@@ -132,7 +138,9 @@ def _load(folder: Path, owner: dict, document: Document, readers: dict[str, Read
     from ..errors import LongpatchError
 
     tensors, data = load_state(folder)
-    different = [f"the checkpoint in {folder} is of another {name}" for name in owner if data["owner"][name] != owner[name]]
+    different = [
+        f"the checkpoint in {folder} is of another {name}" for name in owner if data["owner"][name] != owner[name]
+    ]
     if different:
         raise LongpatchError("walk_document", different)
     learner.load_state(without_prefix("learner", tensors), data["learner"])

@@ -19,6 +19,7 @@ REFUSED = {
     "past_key_values": "a cache of one's own (the generator builds its cache anew as it learns)",
     "inputs_embeds": "inputs_embeds (learning needs token ids)",
     "custom_generate": "custom_generate",
+    "cache_implementation": "cache_implementation (the default cache alone can be built anew in place)",
     "negative_prompt_ids": "negative prompts",
 }
 SUPPORTED = "greedy decoding and sampling from input_ids"

@@ -133,8 +133,9 @@ class Learner:
     def score(self, context_ids: Tensor | None, new_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """NLL [rows, n] of `new_ids` after `context_ids` in nats under the adapters as they are; nan for a first token."""
         context_ids = new_ids[:, :0] if context_ids is None else context_ids
-        ids = torch.cat((context_ids, new_ids), dim=1).to(self.causal.device)
-        return _whole(self.causal, ids, new_ids.shape[1], attention_mask)
+        ids, count = torch.cat((context_ids, new_ids), dim=1).to(self.causal.device), new_ids.shape[1]
+        mask = None if attention_mask is None else attention_mask.to(ids.device)
+        return _whole(self.causal, ids, count, mask).masked_fill(~_scored(ids, count, mask, None), torch.nan)
 
     def _forward(self, ids: Tensor, count: int, mask: Tensor | None):
         """A function that gives the NLL [rows, count] of the last tokens, as often as there are epochs."""
@@ -290,9 +291,10 @@ def _whole(model: Any, ids: Tensor, count: int, mask: Tensor | None) -> Tensor:
     ).logits[:, :-1]
     nll = _nll(logits, ids[:, ids.shape[1] - keep + 1 :])
     if keep == count:
-        nll = torch.cat((torch.full_like(nll[:, :1], torch.nan), nll), dim=1) if count > 1 else torch.full_like(ids[:, :1], torch.nan, dtype=torch.float32)
+        nll = torch.cat((nll.new_full((len(ids), 1), torch.nan), nll), dim=1)
     return nll
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of `targets` [rows, n] under `logits` [rows, n, V], in nats and float32."""
     return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)

@@ -7,7 +7,14 @@ from typing import Any
 from ..errors import LongpatchError
 
 TRAINABLE = ("all", "queries")
-UNSUPPORTED_PEFT = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "trainable_token_indices")
+UNSUPPORTED_PEFT = (
+    "use_dora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "trainable_token_indices",
+)
 
 
 @dataclass(frozen=True)

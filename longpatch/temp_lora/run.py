@@ -6,7 +6,6 @@ The hook learns what is due, builds the cache anew in place, and fits the argume
 """
 
 import functools
-import json
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
@@ -116,7 +114,12 @@ class Run:
     def written(self, text: Tensor, done: Tensor) -> Tensor:
         """Told the text [rows, n] after each token and which rows are done; returns which rows are."""
         self.text = text
-        done = done | (self.end < text.shape[1])
+        ended = self.end < text.shape[1]
+        if self._resumed is not None and self._config._eos_token_tensor is not None:
+            # generate no longer knows of rows that had ended before its first step
+            text[ended, -1] = self._config._pad_token_tensor.to(text.device)
+            self._resumed = None
+        done = done | ended
         self.end = torch.where(done & (self.end == NEVER), text.shape[1], self.end)
         if self._bar is not None:
             self._bar.update(1)
@@ -152,7 +155,7 @@ class Run:
             self.learner.start(rows)
             self._save()
             if not self.options.learn_prompt and count - 1 > sinks_of(self.causal) + self.options.inference_context:
-                self._rebuild(0)
+                self._rebuild()
         else:
             self._restore(*self._resumed)
         if self.options.progress:
@@ -174,19 +177,17 @@ class Run:
             entry["rebuild_seconds"] = 0.0
             self.learned = stop
             self.age += 1
-            if self.learned + chunk > count and (self.age >= self.reuse_chunks or self.shift is None and not self._covers()):
-                began = time.perf_counter()
-                entry["perplexity_after"] = _perplexity(self._rebuild(chunk))
-                entry["rebuild_seconds"] = time.perf_counter() - began
-            elif self.options.measure:
+            if self.options.measure:
                 entry["perplexity_after"] = _perplexity(self._score(stop - chunk, stop))
+            last = self.learned + chunk > count
+            if last and (self.age >= self.reuse_chunks or not self._cache.get_seq_length()):
+                began = time.perf_counter()
+                self._rebuild()
+                entry["rebuild_seconds"] = time.perf_counter() - began
             self.history.append(entry)
             self._clock = time.perf_counter()
             self._save()
             self._show(entry)
-
-    def _covers(self) -> bool:
-        return self._cache.get_seq_length() > 0
 
     def _seen(self, stop: int, tokens: int):
         """What is visible of the text before token `stop`, and its mask with every row's padding."""
@@ -216,8 +217,8 @@ class Run:
         return self.learner.score(context, new, mask).masked_fill(~there, torch.nan)
 
     @torch.no_grad()
-    def _rebuild(self, scored: int) -> Tensor:
-        """Read what is visible of the text but for its last token into an emptied cache; NLL [rows, `scored`] on the way."""
+    def _rebuild(self) -> None:
+        """Read what is visible of the text but for its last token into an emptied cache."""
         count = self.text.shape[1]
         seen = self._seen(count - 1, self.options.inference_context)
         cache = self._cache
@@ -225,23 +226,17 @@ class Run:
         if isinstance(cache, LambdaCache):
             cache.padding = Padding()
         width = seen.ids.shape[1]
-        scored = min(scored, width) if self.options.measure else 0
         positions = None if seen.mask is None else (seen.mask.cumsum(dim=1) - 1).clamp_min(0)
-        output = self.causal(
-            input_ids=seen.ids,
-            attention_mask=seen.mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=max(1, scored),
-        )
+        if width:
+            self.causal(
+                input_ids=seen.ids,
+                attention_mask=seen.mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         self.mask, self.shift, self.age = seen.mask, count - 1 - width, 0
-        if not scored:
-            return torch.full((len(self.text), 1), torch.nan)
-        targets = self.text[:, count - scored :]
-        nll = cross_entropy(output.logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
-        columns = torch.arange(count - scored, count, device=nll.device)
-        return nll.masked_fill((columns <= self.first[:, None]) | (columns >= self.end[:, None]), torch.nan)
 
     def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the forward, fitted to the cache: the tokens it lacks, its mask, positions that go on from it."""
@@ -283,12 +278,12 @@ class Run:
             tensors["cache mask"] = self.mask
         if self.text.is_cuda:
             tensors["cuda rng"] = torch.cuda.get_rng_state(self.text.device)
-        config = json.loads(self._config.to_json_string(use_diff=False))
+        config = {name: value for name, value in self._config.to_dict().items() if not name.startswith("_")}
         data = {
             "model": fingerprint(self.causal),
             "options": asdict(self.options),
             "learn_options": self.learner.options.to_dict(),
-            "generation_config": {name: value for name, value in config.items() if not name.startswith("_")}
+            "generation_config": config
             | {"max_new_tokens": None, "min_new_tokens": None, "min_length": self._min_length()},
             "objects": self.objects,
             "learner": learner,
@@ -321,6 +316,8 @@ class Run:
             held = without_prefix("cache", tensors)
             devices = [self.causal.device] * len(self._cache.layers)
             restore_cache(self._cache, held, data["cache"], devices)
+            if self.shift is None and self._cache.get_seq_length():
+                self.shift, self.mask = 0, self._full_mask(self._cache.get_seq_length())
         torch.set_rng_state(tensors["rng"])
         if "cuda rng" in tensors:
             torch.cuda.set_rng_state(tensors["cuda rng"], self.text.device)

@@ -33,7 +33,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_learning_flags(parser)
     walk = parser.add_argument_group("walk")
     walk.add_argument("--chunk-tokens", type=positive, default=1024, metavar="N")
-    walk.add_argument("--context-tokens", type=positive, default=3072, metavar="N", help="to learn with (default: 3072)")
+    walk.add_argument(
+        "--context-tokens", type=positive, default=3072, metavar="N", help="to learn with (default: 3072)"
+    )
     walk.add_argument(
         "--inference-context-tokens",
         type=positive,
@@ -42,9 +44,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="N",
         help="to score with, one or more in one walk (default: as --context-tokens)",
     )
-    walk.add_argument("--cache-reuse-chunks", type=int, default=1, metavar="K", help="build the cache anew after (0: never)")
+    walk.add_argument(
+        "--cache-reuse-chunks", type=int, default=1, metavar="K", help="build the cache anew after (0: never)"
+    )
     report = parser.add_argument_group("report")
-    report.add_argument("--bucket-tokens", type=positive, metavar="N", help="size of position buckets (default: a sixth)")
+    report.add_argument(
+        "--bucket-tokens", type=positive, metavar="N", help="size of position buckets (default: a sixth)"
+    )
     report.add_argument("--bucket-start", type=int, default=0, metavar="N", help="first position reported")
     report.add_argument("--bucket-end", type=positive, metavar="N", help="position to stop at")
     report.add_argument(
@@ -116,13 +122,26 @@ def run(arguments: Namespace) -> None:
         rechunked = {arm: list(chunks[0].split(walk.chunk_tokens)) for arm, chunks in scores[-1].items()}
         scores[-1] = rechunked
         size = arguments.bucket_tokens or -(-len(ids) // 6)
-        own = [*by_length([rechunked], []), *by_position([rechunked], size, walk.chunk_tokens, arguments.bucket_start, arguments.bucket_end)]
+        own = [
+            *by_length([rechunked], []),
+            *by_position([rechunked], size, walk.chunk_tokens, arguments.bucket_start, arguments.bucket_end),
+        ]
         print(f"\n{path.name}, {len(ids):,} tokens")
         print(_table(own), flush=True)
         print("  ".join(f"{part} {seconds:,.0f} s" for part, seconds in document.seconds.items()))
         lines += [line for found in own for line in _records(arguments, walk, path.name, found)]
         lines += [
-            record("eval temp-lora", arguments.model, "time", seconds, "s", len(ids), seed=arguments.seed, text=path.name, part=part)
+            record(
+                "eval temp-lora",
+                arguments.model,
+                "time",
+                seconds,
+                "s",
+                len(ids),
+                seed=arguments.seed,
+                text=path.name,
+                part=part,
+            )
             for part, seconds in document.seconds.items()
         ]
     longest = max(sum(map(len, document[BASE])) for document in scores)
@@ -137,7 +156,9 @@ def run(arguments: Namespace) -> None:
     for arm in scores[0]:
         if arm != BASE:
             gains = [next(by_length([document], [])).gain(arm, BASE) for document in scores]
-            print(f"\nperplexity below the base, context {arm}: {sum(gains) / len(gains):.1%} on average, {min(gains):.1%} at least")
+            print(
+                f"\nperplexity below the base, context {arm}: {sum(gains) / len(gains):.1%} on average, {min(gains):.1%} at least"
+            )
     if arguments.out:
         write_records(arguments.out, lines)
     if arguments.plot:
@@ -147,7 +168,9 @@ def run(arguments: Namespace) -> None:
 def _table(buckets: list[Bucket]) -> str:
     arms = list(buckets[0].perplexity)
     titles = [BASE, *(f"context {arm}" for arm in arms[1:])]
-    header = f"{'tokens':<34}" + "".join(f"{title:>15}" for title in titles) + f"{'below base':>12}" + f"{'chunk means':>14}"
+    header = (
+        f"{'tokens':<34}" + "".join(f"{title:>15}" for title in titles) + f"{'below base':>12}" + f"{'chunk means':>14}"
+    )
     lines = [header]
     for found in buckets:
         span = f"{found.by} {found.start:,} to {found.stop:,}"
@@ -173,7 +196,17 @@ def _records(arguments: Namespace, walk: Walk, text: str, found: Bucket) -> list
     }
     metrics = {"perplexity": found.perplexity, "mean_chunk_perplexity": found.chunk_mean}
     return [
-        record("eval temp-lora", arguments.model, metric, value, "1", found.tokens, seed=arguments.seed, arm=arm, **settings)
+        record(
+            "eval temp-lora",
+            arguments.model,
+            metric,
+            value,
+            "1",
+            found.tokens,
+            seed=arguments.seed,
+            arm=arm,
+            **settings,
+        )
         for metric, values in metrics.items()
         for arm, value in values.items()
     ]
@@ -186,7 +219,9 @@ def _draw(path: Path, buckets: list[Bucket], title: str) -> None:
     axes = figure.subplots()
     for arm in buckets[0].perplexity:
         label = BASE if arm == BASE else f"Temp-LoRA, context {arm}"
-        axes.plot([found.stop for found in buckets], [found.perplexity[arm] for found in buckets], marker="o", label=label)
+        axes.plot(
+            [found.stop for found in buckets], [found.perplexity[arm] for found in buckets], marker="o", label=label
+        )
     axes.set(xlabel="tokens read", ylabel="perplexity", title=title)
     axes.legend()
     figure.savefig(path)

@@ -1,0 +1,260 @@
+"""Generation: what plain generate would do, rows, streamers, the end of the run, checkpoints."""
+
+import pytest
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from longpatch import LongpatchError, TempLoraGenerator, convert_model
+from tests.test_temp_lora import assert_same, snapshot
+from tests.tiny import random_ids, tiny_llama
+
+LEARN = {"rank": 4, "alpha": 8, "dropout": 0.0, "learning_rate": 1e-2, "progress": False}
+GREEDY = {"do_sample": False, "max_new_tokens": 40}
+
+
+def model_with_end(eos=None, converted=False):
+    model = tiny_llama(max_position_embeddings=512, eos_token_id=eos)
+    model.generation_config.pad_token_id = 0
+    return convert_model(model, 24, 4) if converted else model
+
+
+def padded(rows=3, count=12):
+    ids = random_ids(rows, count)
+    mask = torch.ones_like(ids)
+    for row in range(1, rows):
+        ids[row, : 2 * row], mask[row, : 2 * row] = 0, 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    "extra", [{}, {"cache_reuse_chunks": 2}, {"learn_prompt": True}, {"trainable": "queries"}], ids=str
+)
+def test_a_rate_of_zero_is_plain_generate(converted, rows, extra):
+    ids, mask = padded(rows)
+    model = model_with_end(converted=converted)
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    generator = TempLoraGenerator(model, chunk_tokens=7, context_tokens=64, **LEARN | {"learning_rate": 0.0} | extra)
+    assert torch.equal(generator.generate(input_ids=ids, attention_mask=mask, **GREEDY), expected)
+    learned = (ids.shape[1] + 40 - 1) // 7 if "learn_prompt" in extra else 39 // 7
+    assert len(generator.history) == learned
+    for entry in generator.history:
+        assert entry["perplexity_after"] == pytest.approx(entry["perplexity_before"], rel=1e-3)
+
+
+def test_sampling_with_a_rate_of_zero_draws_the_same_tokens():
+    model, ids = model_with_end(), random_ids(2, 9)
+    sampling = {"do_sample": True, "top_k": 20, "max_new_tokens": 30}
+    torch.manual_seed(3)
+    expected = model.generate(ids, **sampling)
+    torch.manual_seed(3)
+    dropout = {"learning_rate": 0.0, "dropout": 0.1}
+    generator = TempLoraGenerator(model, chunk_tokens=7, context_tokens=64, **LEARN | dropout)
+    assert torch.equal(generator.generate(ids, **sampling), expected)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_learning_changes_what_is_written_and_a_seed_repeats_it(converted):
+    model, ids = model_with_end(converted=converted), random_ids(1, 12)
+    before = snapshot(model)
+    generator = TempLoraGenerator(
+        model, chunk_tokens=8, context_tokens=16, **LEARN | {"dropout": 0.1, "learning_rate": 1e-3}
+    )
+    output = generator.generate(ids, **GREEDY)
+    assert not torch.equal(output, model.generate(ids, **GREEDY))
+    assert torch.equal(generator.generate(ids, **GREEDY), output)
+    assert [entry["stop"] for entry in generator.history] == [20, 28, 36, 44]
+    assert all(entry["perplexity_after"] < entry["perplexity_before"] for entry in generator.history)
+    assert_same(before, snapshot(model))
+
+
+def straight_loop(model, ids, chunk, context, settings):
+    """The same by one's own loop: plain generate on what is visible, then learn; one row, without padding."""
+    from longpatch import temp_lora
+    from longpatch.temp_lora.visible import sinks_of, visible
+
+    settings = {name: value for name, value in settings.items() if name != "progress"}
+    sinks, total = sinks_of(model), ids.shape[1] + GREEDY["max_new_tokens"]
+    with temp_lora(model, **settings) as learner:
+        while ids.shape[1] < total:
+            # the cache is built from the text but for its last token, which generate then reads
+            seen = torch.cat((visible(ids[:, :-1], None, context, sinks).ids, ids[:, -1:]), dim=1)
+            new = model.generate(seen, do_sample=False, max_new_tokens=min(chunk, total - ids.shape[1]))[
+                :, seen.shape[1] :
+            ]
+            learner.learn(visible(ids, None, context, sinks).ids, new)
+            ids = torch.cat((ids, new), dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("prompt", [6, 50])
+def test_it_is_the_straight_loop(converted, prompt):
+    model, ids = model_with_end(converted=converted), random_ids(1, prompt)
+    expected = straight_loop(model, ids, 8, 20, LEARN)
+    assert torch.equal(
+        TempLoraGenerator(model, chunk_tokens=8, context_tokens=20, **LEARN).generate(ids, **GREEDY), expected
+    )
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_rows_are_what_they_would_be_alone(converted):
+    ids, mask = padded()
+    plain = model_with_end().generate(ids[:1], max_new_tokens=30, do_sample=False)
+    model = model_with_end(eos=int(plain[0, 30]), converted=converted)  # some row may end early
+    generator = TempLoraGenerator(model, chunk_tokens=7, context_tokens=20, **LEARN)
+    together = generator.generate(ids, attention_mask=mask, **GREEDY)
+    ended = 0
+    for row in range(3):
+        first = 2 * row
+        alone = generator.generate(ids[row : row + 1, first:], **GREEDY)[0]
+        own = together[row, first:]
+        assert torch.equal(own[: len(alone)], alone)
+        assert not own[len(alone) :].any()
+        ended += len(alone) < len(own)
+    assert converted or ended
+
+
+class Streamer:
+    def __init__(self):
+        self.calls = []
+
+    def put(self, value):
+        self.calls.append(value.flatten().tolist())
+
+    def end(self):
+        self.calls.append("end")
+
+
+def test_a_streamer_sees_one_prompt_and_one_end():
+    model, ids, streamer = model_with_end(), random_ids(1, 9), Streamer()
+    generator = TempLoraGenerator(model, chunk_tokens=7, context_tokens=20, **LEARN)
+    output = generator.generate(ids, streamer=streamer, **GREEDY)
+    assert streamer.calls[0] == ids[0].tolist()
+    assert streamer.calls[1:-1] == [[token] for token in output[0, 9:].tolist()]
+    assert streamer.calls[-1] == "end"
+    assert "end" not in streamer.calls[:-1]
+
+
+class StopAt(StoppingCriteria):
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+def test_the_run_ends_as_asked_for():
+    model, ids = model_with_end(), random_ids(1, 9)
+    generator = TempLoraGenerator(model, chunk_tokens=7, context_tokens=20, **LEARN)
+    output = generator.generate(ids, **GREEDY)
+    assert output.shape == (1, 49)
+    stopped = generator.generate(ids, stopping_criteria=StoppingCriteriaList([StopAt(31)]), **GREEDY)
+    assert torch.equal(stopped, output[:, :31])
+    assert generator.generate(ids, generation_config=GenerationConfig(max_length=25)).shape == (1, 25)
+    eos = int(output[0, 20])
+    ended = generator.generate(ids, eos_token_id=eos, **GREEDY)
+    assert ended[0, -1] == eos
+    assert ended.shape[1] <= 21
+    least = generator.generate(ids, eos_token_id=eos, min_new_tokens=35, **GREEDY)
+    assert least.shape[1] >= 44
+    assert generator.generate(ids, max_time=0.0, **GREEDY).shape == (1, 10)
+    rows = generator.generate(ids, do_sample=True, num_return_sequences=3, max_new_tokens=20)
+    assert rows.shape == (3, 29)
+
+
+def test_a_result_with_fields_has_the_history():
+    model, ids = model_with_end(), random_ids(2, 9)
+    generator = TempLoraGenerator(model, chunk_tokens=7, context_tokens=20, **LEARN)
+    output = generator.generate(ids, return_dict_in_generate=True, output_scores=True, **GREEDY)
+    assert len(output.scores) == 40
+    assert output.history == generator.history
+    assert torch.equal(output.sequences, generator.generate(ids, **GREEDY))
+
+
+REFUSED = [
+    ({"num_beams": 2}, "beam"),
+    ({"use_cache": False}, "use_cache"),
+    ({"inputs_embeds": torch.zeros(1, 2, 64)}, "inputs_embeds"),
+    ({"prefill_chunk_size": 4}, "prefill_chunk_size"),
+    ({"guidance_scale": 2.0}, "guidance_scale"),
+    ({"cache_implementation": "static"}, "cache_implementation"),
+    ({"prompt_lookup_num_tokens": 3}, "assisted"),
+]
+
+
+@pytest.mark.parametrize(("kwargs", "reason"), REFUSED, ids=[reason for _, reason in REFUSED])
+def test_what_cannot_be_learned_from_is_refused(kwargs, reason):
+    model = model_with_end()
+    before = snapshot(model)
+    with pytest.raises(LongpatchError, match=reason):
+        TempLoraGenerator(model, chunk_tokens=7, context_tokens=20, **LEARN).generate(
+            random_ids(1, 9), **GREEDY | kwargs
+        )
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"chunk_tokens": 0}, "chunk_tokens=0"), ({"chunk": 3}, "'chunk'"), ({"rank": 0}, "rank=0")],
+)
+def test_bad_settings_are_refused(settings, reason):
+    with pytest.raises(LongpatchError, match=reason):
+        TempLoraGenerator(tiny_llama(), **settings)
+
+
+class Killed(BaseException):
+    pass
+
+
+class KillAt(StopAt):
+    def __call__(self, input_ids, scores, **kwargs):
+        if input_ids.shape[1] >= self.length:
+            raise Killed
+        return super().__call__(input_ids, scores) & False
+
+
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("at", [10, 16, 23, 40])
+@pytest.mark.parametrize("extra", [{}, {"cache_reuse_chunks": 3}, {"learn_prompt": True, "chunk_tokens": 5}], ids=str)
+def test_a_run_that_was_cut_off_ends_with_the_same_tokens(converted, at, extra, tmp_path):
+    ids, mask = padded()
+    eos = int(model_with_end().generate(ids[:1], max_new_tokens=30, do_sample=False)[0, 30])
+    settings = {"chunk_tokens": 7, "context_tokens": 20} | LEARN | {"dropout": 0.1} | extra
+    sampling = {"attention_mask": mask, "do_sample": True, "top_k": 5, "max_new_tokens": 40, "eos_token_id": eos}
+    torch.manual_seed(5)
+    expected = TempLoraGenerator(model_with_end(converted=converted), **settings).generate(ids, **sampling)
+    torch.manual_seed(5)
+    cut = TempLoraGenerator(model_with_end(converted=converted), checkpoint_dir=tmp_path, **settings)
+    with pytest.raises(Killed):
+        cut.generate(ids, stopping_criteria=[KillAt(at + 12)], **sampling)
+    torch.manual_seed(99)
+    with pytest.raises(LongpatchError, match="stopping_criteria is missing"):
+        TempLoraGenerator.resume(tmp_path, model_with_end(converted=converted))
+    again = TempLoraGenerator.resume(tmp_path, model_with_end(converted=converted), stopping_criteria=[StopAt(10**9)])
+    assert torch.equal(again, expected)
+
+
+def test_a_checkpoint_of_another_model_or_a_damaged_one_is_refused(tmp_path):
+    model, ids = model_with_end(), random_ids(1, 9)
+    TempLoraGenerator(model, chunk_tokens=7, context_tokens=20, checkpoint_dir=tmp_path, **LEARN).generate(
+        ids, **GREEDY
+    )
+    with pytest.raises(LongpatchError, match="another model"):
+        TempLoraGenerator.resume(tmp_path, tiny_llama(seed=1, max_position_embeddings=512))
+    with pytest.raises(LongpatchError, match="converted differently"):
+        TempLoraGenerator.resume(tmp_path, model_with_end(converted=True))
+    with pytest.raises(LongpatchError, match="no checkpoint"):
+        TempLoraGenerator.resume(tmp_path / "nowhere", model)
+    path = tmp_path / "state.safetensors"
+    whole = path.read_bytes()
+    for damaged in (
+        whole[: len(whole) // 2],
+        whole[:-5] + bytes(255 - byte for byte in whole[-5:]),
+        b"",
+        whole[:40] + b"?" + whole[41:],
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(LongpatchError, match="damaged"):
+            TempLoraGenerator.resume(tmp_path, model)
