@@ -41,6 +41,7 @@ class Measurement:
         n: what it is a mean over.
         settings: what it is grouped by, beside the sample's settings.
         detail: what else is to be kept of it, such as the answer that was given.
+        part: which part of the sample it is of, where a sample has several.
     """
 
     metric: str
@@ -49,6 +50,7 @@ class Measurement:
     n: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
     detail: dict[str, Any] = field(default_factory=dict)
+    part: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,11 @@ class Run:
     def _record(self, arm: Arm, sample: Sample, measured: Measurement) -> dict[str, Any]:
         settings = self.settings | {"arm": arm.label} | sample.settings | measured.settings
         line = self.group_record(measured.metric, measured.value, measured.unit, measured.n, settings)
-        return line | {"sample": sample.identity} | ({"detail": measured.detail} if measured.detail else {})
+        return (
+            line
+            | {"sample": sample.identity | measured.part}
+            | ({"detail": measured.detail} if measured.detail else {})
+        )
 
 
 class Journal:

@@ -96,12 +96,22 @@ def _identity(record: dict[str, Any]) -> str:
     return json.dumps(record.get("sample"), sort_keys=True)
 
 
+def _wilson(share: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share of `count` (Wilson, 1927): resampling has none to offer where all agree."""
+    z = 1.96
+    middle, spread = share + z * z / (2 * count), z * (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
+    scale = 1 + z * z / count
+    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+
+
 def _cell(values: list[float], weights: list[int], is_log: bool) -> Cell:
     value, weight = numpy.array(values, dtype=float), numpy.array(weights, dtype=float)
     shown = numpy.exp if is_log else (lambda number: number)
     mean = float(shown((value * weight).sum() / weight.sum()))
     low = high = None
-    if len(value) > 1:
+    if len(value) > 1 and not is_log and set(values) <= {0, 1}:
+        low, high = _wilson(mean, len(value))
+    elif len(value) > 1:
         drawn = numpy.random.default_rng(0).integers(len(value), size=(RESAMPLES, len(value)))
         means = (value * weight)[drawn].sum(axis=1) / weight[drawn].sum(axis=1)
         low, high = (float(shown(bound)) for bound in numpy.quantile(means, (0.025, 0.975)))

@@ -20,7 +20,7 @@ from ...evaluation.reading import (
 )
 from ...evaluation.run import Sample, Work
 from ..flags import MODEL_HELP, add_model_flags, add_run_flags, open_arms, open_model, open_run, positive
-from ..show import show
+from ..show import add_plot_flag, show
 
 EXAMPLES = """\
 examples:
@@ -57,6 +57,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add_model_flags(parser)
     add_run_flags(parser, "original, fresh:W, L/G")
+    add_plot_flag(parser)
 
 
 def run(arguments: Namespace) -> None:
@@ -77,7 +78,7 @@ def run(arguments: Namespace) -> None:
     if arguments.repeat > 1:
         settings["repeat"] = arguments.repeat
     run = open_run(arguments, "eval perplexity", **settings)
-    show(run, run.records(model, arms, samples, partial(measure_positions, model, tokenizer, reading)))
+    show(run, run.records(model, arms, samples, partial(measure_positions, model, tokenizer, reading)), arguments.plot)
 
 
 def _run_sliding(arguments: Namespace, model, samples: list[Sample]) -> None:
@@ -91,4 +92,4 @@ def _run_sliding(arguments: Namespace, model, samples: list[Sample]) -> None:
         new_only = arguments.score == "new"
         return measure_sliding(model, length, arguments.sliding_window, context, new_only, sample, work)
 
-    show(run, run.records(model, arms, samples, measure))
+    show(run, run.records(model, arms, samples, measure), arguments.plot)
