@@ -68,7 +68,7 @@ def parse_arms(text: str, settings: dict[str, Any] | None = None) -> list[Arm]:
         LongpatchError: naming every part that is none.
     """
     arms, wrong = [], []
-    for part in filter(None, _SPLIT.split(text)):
+    for part in filter(None, _SPLIT.split(text.strip(","))):
         name, _, value = part.partition(":")
         lambda_arm = re.fullmatch(r"(\d+)/(\d+)(?:@(\d+))?", part)
         if part == "original":
