@@ -19,7 +19,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
@@ -34,7 +34,8 @@ def attend(
     the sinks to position 0 by R(-position). Learned sink logits `s_aux` [Hq] join the softmax as one more key per head
     whose value is 0 (gpt-oss). Returns [B, n, Hq, d] and no weights.
     """
-    if longpatch is None:
+    shared = attention_mask if longpatch is None else longpatch  # see Family.drops_keywords
+    if shared is None:
         raise LongpatchError(
             f"{type(module).__name__}.forward", ["called outside the forward of its converted model"], "model(...)"
         )
@@ -42,7 +43,7 @@ def attend(
         raise LongpatchError(
             "forward", [f"attention dropout of {dropout}"], "config.attention_dropout = 0 while training"
         )
-    step, cache = longpatch
+    step, cache = shared
     layer = None if cache is None else cache.layers[module.layer_idx]
     settings = step.layers[module.layer_idx]
     config = settings.config

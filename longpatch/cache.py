@@ -1,5 +1,7 @@
 """The constant-memory cache of a converted model."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -167,7 +169,7 @@ class LambdaCache(Cache):
         if marker is None:
             raise LongpatchError("LambdaCache", ["config has no longpatch settings"], "the config of a converted model")
         self.config = LambdaConfig(**marker)
-        layers = [LambdaLayer(settings) for settings in layer_settings(config, self.config)]
+        layers: list[Any] = [LambdaLayer(settings) for settings in layer_settings(config, self.config)]
         super().__init__(layers, offloading=offloading)
         self.padding = Padding()
         self._step: Step | None = None

@@ -14,7 +14,7 @@ from .errors import LongpatchError
 from .families import FAMILIES, reasons_against, supported_families
 from .families.gptj import convert_attention as convert_gptj_attention
 from .families.mpt import convert_attention as convert_mpt_attention
-from .forward import prepare_cache, prepare_forward
+from .forward import prepare_cache, prepare_forward, share_as_mask
 from .layers import LayerSettings, layer_settings, sliding_layers
 from .rope import ExactRotary, exact_rotary
 
@@ -89,7 +89,7 @@ def convert_model(
     """
     causal = _unwrap(model)
     reasons = _unsupported(causal)
-    config = getattr(causal, "config", None)
+    config: Any = getattr(causal, "config", None)
     marker = getattr(config, "longpatch", None) or {}
     if local_branch is None and limit_distance is None:
         limit_distance = marker.get("limit_distance")
@@ -214,4 +214,6 @@ def _convert_interface(model: PreTrainedModel, conversion: Conversion) -> ExactR
     module, rotary = exact_rotary(base.rotary_emb, conversion.config.local_branch, family.interleaved)
     conversion.set(base, "rotary_emb", module)
     conversion.hook(base, prepare_forward)
+    for layer in base.layers if family.drops_keywords else ():
+        conversion.hook(layer, share_as_mask)
     return rotary

@@ -55,7 +55,8 @@ class Step:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Pick the sinks out of keys and values [B, Hkv, m, d] whose first entry stands at `first_column`.
 
-        Returns keys, where `rotated` turned back to position 0 and values, `[B, Hkv, G, d]`, and which were there, `[1 or B, G]`.
+        Returns keys, turned back to position 0 where they were `rotated`, and values, `[B, Hkv, G, d]`, and which were
+        there, `[1 or B, G]`.
         """
         assert self.sink_phase is not None
         column = self.sink_columns - first_column

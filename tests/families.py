@@ -1,4 +1,4 @@
-"""Tiny models of every family, and the whole-model reference: the definition, dense, from raw queries, keys and values."""
+"""Tiny models of every family, and the reference: the definition, dense, from raw queries, keys and values."""
 
 import copy
 import types
@@ -67,7 +67,9 @@ CASES = {
     "mistral-sliding": Case({"sliding_window": 40}, "mistral"),
     "mixtral": Case({"num_local_experts": 4}),
     "mpt": Case({"max_seq_len": 64}),
-    "mpt-clip_qkv": Case({"max_seq_len": 64, "n_heads": 2, "attn_config": {"clip_qkv": 1.0, "softmax_scale": 0.5}}, "mpt"),
+    "mpt-clip_qkv": Case(
+        {"max_seq_len": 64, "n_heads": 2, "attn_config": {"clip_qkv": 1.0, "softmax_scale": 0.5}}, "mpt"
+    ),
     "olmo2": Case(),
     "phi": Case(),
     "phi-qk_layernorm": Case({"qk_layernorm": True}, "phi"),
@@ -89,7 +91,11 @@ def tiny_model(name, seed=0, dtype=torch.float64):
     case = CASES[name]
     config = AutoConfig.for_model(case.model_type or name, **COMMON | case.settings)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+    model = (
+        AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+        .to(dtype)
+        .eval()
+    )
     for parameter in model.parameters():
         if parameter.ndim == 1:  # biases, norms and learned sinks matter too
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -131,7 +137,7 @@ def frequencies(base, slides):
     if hasattr(base, "rotary_emb"):
         buffers = dict(base.rotary_emb.named_buffers())
         per_type = "sliding_attention_inv_freq" if slides else "full_attention_inv_freq"
-        return buffers.get("inv_freq", buffers.get(per_type)).double()
+        return buffers["inv_freq" if "inv_freq" in buffers else per_type].double()
     if base.config.model_type == "gptj":
         sine = base.h[0].attn.embed_positions[1, : base.config.rotary_dim // 2]  # of the phases at position 1
         return sine.double().arcsin()
@@ -145,7 +151,7 @@ class NoRotation(nn.Module):
 
     def forward(self, *args, **kwargs):
         cos, sin = self.original(*args, **kwargs)
-        return torch.ones_like(cos), torch.zeros_like(sin)
+        return (cos**2 + sin**2).sqrt(), torch.zeros_like(sin)  # 1, or yarn's attention scaling
 
 
 def raw_gptj(module, hidden_states, **kwargs):
@@ -165,9 +171,7 @@ def raw_mpt(module, hidden_states, **kwargs):
     return module.out_proj(out.flatten(2)), None
 
 
-def definition(
-    module, query, key, value, attention_mask, scaling, softcap=None, s_aux=None, slopes=None, **kwargs
-):
+def definition(module, query, key, value, attention_mask, scaling, softcap=None, s_aux=None, slopes=None, **kwargs):
     """Visible iff d < L or j < G; encoded at distance d inside the window, D outside; one softmax. [B, n, H, d]."""
     facts = types.SimpleNamespace(**module.definition)
     group = query.shape[1] // key.shape[1]

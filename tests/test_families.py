@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longpatch import LongpatchError, convert_gpt_j_model, convert_model, convert_mpt_model, revert_model
+from longpatch import convert_gpt_j_model, convert_model, convert_mpt_model, revert_model
 from longpatch.families import FAMILIES
 from tests.families import CASES, reference_model, tiny_model
 from tests.tiny import random_ids, read_in_chunks

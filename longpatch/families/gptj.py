@@ -37,7 +37,7 @@ def _pass_step_on(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return args, kwargs
 
 
-def forward(module: Any, hidden_states, layer_past=None, position_ids=None, **kwargs):
+def forward(module: Any, hidden_states, position_ids, layer_past=None, **kwargs):
     """Stands in for GPTJAttention.forward: [B, n, hidden] to [B, n, hidden], no weights."""
     phase, shared = position_ids
     query, key, value = (

@@ -1,7 +1,7 @@
 """MPT: its attention does not go through transformers' interface, and its distances are ALiBi's.
 
-The model builds one ALiBi tensor a forward and hands it to every layer untouched. That is the way the step takes here: it
-stands in for the tensor.
+The model builds one ALiBi tensor a forward and hands it to every layer untouched. That is the way the step takes here:
+it stands in for the tensor.
 """
 
 import functools

@@ -31,12 +31,14 @@ class Family:
         interleaved: rotary pairs are dimensions (0, 1), (2, 3), ...; otherwise (i, i + rotary_dim / 2), as in Llama.
         rotated_layers: which layers apply rotary phases, from the config.
         length: config attribute that holds the length trained for, in tokens.
+        drops_keywords: its layers hand down a mask but no unknown keyword arguments; what layers share takes its place.
     """
 
     names: str
     interleaved: bool = False
     rotated_layers: Callable[[Any], Sequence[bool]] = every_layer
     length: str = "max_position_embeddings"
+    drops_keywords: bool = False
 
 
 FAMILIES = {
@@ -63,7 +65,7 @@ FAMILIES = {
     "qwen3": Family("Qwen3"),
     "qwen3_moe": Family("Qwen3-MoE"),
     "smollm3": Family("SmolLM3", rotated_layers=listed_layers),
-    "stablelm": Family("StableLM"),
+    "stablelm": Family("StableLM", drops_keywords=True),
     "starcoder2": Family("StarCoder2"),
 }
 
