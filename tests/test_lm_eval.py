@@ -41,13 +41,13 @@ def tasks(tmp_path, monkeypatch):
 
 
 def answers(model, tasks, **arguments):
-    done = simple_evaluate(model, tasks=["local_choice", "local_until"], task_manager=tasks, bootstrap_iters=0, **arguments)
+    done = simple_evaluate(
+        model, tasks=["local_choice", "local_until"], task_manager=tasks, bootstrap_iters=0, **arguments
+    )
     return {name: [sample["resps"] for sample in samples] for name, samples in done["samples"].items()}
 
 
-@pytest.mark.parametrize(
-    ("name", "window"), [("demo", 64), pytest.param("smollm2", 64, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("name", "window"), [("demo", 64), pytest.param("smollm2", 64, marks=pytest.mark.slow)])
 def test_equal_to_lm_evals_own_model_on_a_converted_one(tasks, name, window):
     """Log-likelihoods and generations, through the name in the registry, in batches with padding."""
     register()
@@ -66,7 +66,7 @@ def test_equal_to_lm_evals_own_model_on_a_converted_one(tasks, name, window):
 
 
 def test_nothing_is_cut_in_silence(caplog):
-    with pytest.raises(LongpatchError, match="truncation='middle'.*error, left, right, center"):
+    with pytest.raises(LongpatchError, match=r"truncation='middle'.*error, left, right, center"):
         LongpatchLM("demo", truncation="middle")
     lm = LongpatchLM("demo", 64, 4, max_length=10, device="cpu")
     assert lm.shorten([1] * 10, 10) == [1] * 10

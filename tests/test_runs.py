@@ -107,15 +107,18 @@ def test_a_killed_run_ends_with_the_same_records(tmp_path, killed_at):
 
 
 def test_two_processes_give_the_records_of_one(tmp_path):
-    """By `accelerate launch` over gloo, the documents shared out."""
+    """Over gloo, by torchrun: on CPUs `accelerate launch` itself starts several processes by MPI only."""
+    (tmp_path / "texts").mkdir()
     for name in ("a", "b", "c"):
-        (tmp_path / f"{name}.txt").write_text(f"A text about {name}, and some more of it. " * 12, encoding="utf-8")
+        (tmp_path / "texts" / f"{name}.txt").write_text(
+            f"A text about {name}, and some more of it. " * 12, encoding="utf-8"
+        )
     shared = [
-        "-m", "longpatch.cli", "eval", "perplexity", "demo", str(tmp_path), "--local-branch", "32",
+        "-m", "longpatch.cli", "eval", "perplexity", "demo", str(tmp_path / "texts"), "--local-branch", "32",
         "--baseline", "original", "--bucket", "40",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port", "0"]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     for out, words in (("one.jsonl", []), ("two.jsonl", launch)):
         command = [sys.executable, *words, *shared, "--out", str(tmp_path / out)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

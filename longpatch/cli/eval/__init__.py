@@ -5,7 +5,8 @@ EXAMPLES = """\
 examples:
   longpatch eval perplexity demo book.txt --baseline original,fresh:256
   longpatch eval passkey demo --lengths 256,1024 --baseline original,truncate:256
-  accelerate launch --num_processes 2 -m longpatch.cli eval passkey demo --lengths 256 --out passkey.jsonl
+  accelerate launch --num_processes 2 -m longpatch.cli eval passkey MODEL --lengths 8192 --out passkey.jsonl   (GPUs)
+  torchrun --nproc-per-node 2 -m longpatch.cli eval passkey demo --lengths 256 --out passkey.jsonl             (CPUs)
 """
 COMMANDS = {
     "perplexity": "how well a model reads, by position, in sliding windows, or streamed to any length",
