@@ -3,6 +3,7 @@
 import copy
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import nn
@@ -12,6 +13,7 @@ from . import attention
 from .config import LambdaConfig
 from .errors import LongpatchError
 from .families import FAMILIES, reasons_against, supported_families
+from .families.falcon import convert_attention as convert_falcon_attention
 from .families.gptj import convert_attention as convert_gptj_attention
 from .families.mpt import convert_attention as convert_mpt_attention
 from .forward import prepare_cache, prepare_forward, share_as_mask
@@ -20,7 +22,7 @@ from .rope import ExactRotary, exact_rotary
 
 Model = TypeVar("Model", bound=nn.Module)
 _MISSING = object()
-CODE = {"mpt": convert_mpt_attention, "gptj": convert_gptj_attention}
+CODE = {"falcon": convert_falcon_attention, "gptj": convert_gptj_attention, "mpt": convert_mpt_attention}
 
 
 class Conversion:
@@ -42,6 +44,14 @@ class Conversion:
 
     def hook(self, module: nn.Module, function) -> None:
         self._hooks.append(module.register_forward_pre_hook(function, with_kwargs=True))
+
+    def replace_forward(self, module: nn.Module, function: Callable, *args: Any) -> None:
+        """Replace a module's innermost forward by `function(module, *args, ...)`, a function of some file's top level.
+
+        So it survives deepcopy and pickle, and hooks of accelerate around the forward stay in place.
+        """
+        slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        self.set(module, slot, functools.partial(function, module, *args))
 
     def undo(self) -> None:
         for handle in self._hooks:
