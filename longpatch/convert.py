@@ -21,8 +21,11 @@ from .layers import LayerSettings, layer_settings, sliding_layers
 from .rope import ExactRotary, exact_rotary
 
 Model = TypeVar("Model", bound=nn.Module)
-_MISSING = object()
 CODE = {"falcon": convert_falcon_attention, "gptj": convert_gptj_attention, "mpt": convert_mpt_attention}
+
+
+class Missing:
+    """What `Conversion` remembers of an attribute that was not there; a class, so that copies know it again."""
 
 
 class Conversion:
@@ -36,7 +39,7 @@ class Conversion:
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute, remembering what was there."""
-        instance_value = vars(owner).get(name, _MISSING)
+        instance_value = vars(owner).get(name, Missing)
         if isinstance(owner, nn.Module) and name in owner._modules:
             instance_value = owner._modules[name]
         self._changes.append((owner, name, instance_value))
@@ -57,7 +60,7 @@ class Conversion:
         for handle in self._hooks:
             handle.remove()
         for owner, name, value in reversed(self._changes):
-            if value is _MISSING:
+            if value is Missing:
                 delattr(owner, name)
             else:
                 setattr(owner, name, value)

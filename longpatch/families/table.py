@@ -113,10 +113,6 @@ REFUSED_SETTINGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
         "Falcon with `alibi=True`, which adds ALiBi to a mask of n x n",
         lambda config: config.model_type == "falcon" and config.alibi,
     ),
-    (
-        "GPT-J with `rotary_dim=None`, for which its phases have the wrong size",
-        lambda config: config.model_type == "gptj" and config.rotary_dim is None,
-    ),
 )
 
 
