@@ -3,6 +3,7 @@
 import copy
 import types
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,7 +92,7 @@ CASES = {
 }
 
 
-def tiny_model(name, seed=0, dtype=torch.float64):
+def tiny_model(name, seed=0, dtype=torch.float64) -> Any:
     """An unconverted model in eval mode, in float64: what is compared is the method, not rounding."""
     case = CASES[name]
     config = AutoConfig.for_model(case.model_type or name, **COMMON | case.settings)
