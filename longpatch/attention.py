@@ -39,10 +39,12 @@ def attend(
             "forward", [f"attention dropout of {dropout}"], "config.attention_dropout = 0 while training"
         )
     step, cache = longpatch
+    if step.decode is not None:
+        return step.decode.attend(query, key, value, scaling), None
     layer = None if cache is None else cache.layers[module.layer_idx]
     oldest = step.past + step.count - key.shape[2]
     far = {}
-    if step.config.global_branch:
+    if step.far_phase is not None:
         if layer is None:
             key_far, value_far, _ = step.sinks(key, value, first_column=oldest)
         else:

@@ -3,6 +3,7 @@
 import copy
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import nn
@@ -12,7 +13,7 @@ from . import attention
 from .config import LambdaConfig
 from .errors import LongpatchError
 from .families import FAMILIES, supported_families
-from .forward import prepare_cache, prepare_forward
+from .forward import finish_forward, prepare_cache, prepare_forward, prepare_mask
 from .rope import ExactRotary
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,8 +36,9 @@ class Conversion:
         self._changes.append((owner, name, instance_value))
         setattr(owner, name, value)
 
-    def hook(self, module: nn.Module, function) -> None:
-        self._hooks.append(module.register_forward_pre_hook(function, with_kwargs=True))
+    def hook(self, module: nn.Module, before: Callable, after: Callable) -> None:
+        self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._hooks.append(module.register_forward_hook(after, with_kwargs=True))
 
     def undo(self) -> None:
         for handle in self._hooks:
@@ -173,9 +175,10 @@ def _convert(model: PreTrainedModel, settings: LambdaConfig) -> None:
         conversion.set(base, family.rotary, rotary)
         for owner in {id(model): model, id(base): base}.values():
             conversion.set(owner, "longpatch", conversion)
-        conversion.hook(base, prepare_forward)
+        conversion.hook(base, prepare_forward, finish_forward)
         if hasattr(model, "_prepare_cache_for_generation"):
             conversion.set(model, "_prepare_cache_for_generation", functools.partial(prepare_cache, model))
+            conversion.set(model, "create_masks_for_generate", prepare_mask)
     except BaseException:
         conversion.undo()
         raise

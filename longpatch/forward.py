@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .cache import LambdaCache
@@ -41,21 +42,37 @@ def prepare_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     own_cache = cache if isinstance(cache, LambdaCache) else None
 
     count = inputs.shape[1]
-    past = 0 if cache is None else cache.get_seq_length()
+    short = own_cache is not None and own_cache.reads_shortly(count)
+    past, written = 0, 0
+    if own_cache is not None:
+        past, written = own_cache.counts(short)
+    elif cache is not None:
+        past = cache.get_seq_length()
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-    if own_cache is not None or not past:
+    if isinstance(past, Tensor):
+        padding = own_cache.padding
+    elif own_cache is not None or not past:
         known = Padding() if own_cache is None else own_cache.padding
         padding = read_padding(mask, positions, known, past, count)
     else:
         padding = read_padding(mask, None, Padding(), 0, past + count)
     if positions is None:
-        positions = torch.arange(past, past + count, device=inputs.device)[None]
-    sinks_cached = own_cache is not None and own_cache.has_sinks()
-    step = Step.create(config, base.longpatch.rotary, positions, past, padding.first_valid, sinks_cached)
+        positions = (torch.arange(count, device=inputs.device) + past)[None]
+    sinks_cached = own_cache is not None and own_cache.has_sinks(past)
+    decode_dtype = own_cache.layers[0].dtype if short else None
+    rotary = base.longpatch.rotary
+    step = Step.create(config, rotary, positions, past, padding.first_valid, sinks_cached, written, decode_dtype)
     if own_cache is not None:
         own_cache.begin(step, padding)
     kwargs |= {"position_ids": positions, "attention_mask": None, "longpatch": (step, own_cache)}
     return (), kwargs
+
+
+def finish_forward(base: Any, args: tuple, kwargs: dict, output: Any) -> None:
+    """Forward hook of the base model: the tokens that were read now count."""
+    _, cache = kwargs.get("longpatch", (None, None))
+    if cache is not None:
+        cache.end()
 
 
 def _wants_cache(base: Any, use_cache: bool | None) -> bool:
@@ -91,13 +108,24 @@ def prepare_cache(model, generation_config, model_kwargs, generation_mode, batch
     """Instance override of `_prepare_cache_for_generation`: `generate` gets a LambdaCache by itself."""
     implementation = generation_config.cache_implementation
     given = model_kwargs.get("past_key_values")
-    if implementation not in (None, "dynamic", "offloaded"):
+    if implementation not in (None, "dynamic", "offloaded", "static"):
         raise LongpatchError(
-            "generate", [f"cache_implementation={implementation!r}"], "None (a LambdaCache) or 'offloaded'"
+            "generate", [f"cache_implementation={implementation!r}"], "None (a LambdaCache), 'static' or 'offloaded'"
         )
     if given is None and generation_config.use_cache is not False:
-        model_kwargs["past_key_values"] = LambdaCache(model.config, offloading=implementation == "offloaded")
+        model_kwargs["past_key_values"] = LambdaCache(
+            model.config, offloading=implementation == "offloaded", static=implementation == "static"
+        )
     else:
         type(model)._prepare_cache_for_generation(
             model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+
+def prepare_mask(config, inputs_embeds, attention_mask, *args, is_first_iteration=False, **kwargs) -> Tensor | None:
+    """Instance override of `create_masks_for_generate`, which `generate` calls for static caches.
+
+    The mask of the prompt goes through as it is; afterwards the cache remembers the padding, and a mask that grows by a
+    column each step would make every step's shapes its own.
+    """
+    return attention_mask if is_first_iteration or inputs_embeds.shape[1] > 1 else None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .config import LambdaConfig
+from .decode import Decode
 from .rope import ExactRotary, Phase, rotate
 
 
@@ -14,12 +15,14 @@ class Step:
     """One forward over `count` new tokens that follow `past` cached ones. Columns count from the first cached token."""
 
     config: LambdaConfig
-    past: int
+    past: int | Tensor  # a tensor only in a decode step with fixed shapes
     count: int
     first_valid: Tensor | None  # [B]: column of each row's first token; None = 0 everywhere
     sink_columns: Tensor  # [1 or B, G]
     sink_phase: Phase | None  # R(-position) of the sinks; None once the cache holds them all
-    far_phase: Phase  # R(distance - position) of the new tokens
+    far_phase: Phase | None  # R(distance - position) of the new tokens; None where none of them sees a far sink
+    written: int = 0  # the largest length the cache has held
+    decode: Decode | None = None  # set where one new token a row is read the short way
 
     @classmethod
     def create(
@@ -27,11 +30,13 @@ class Step:
         config: LambdaConfig,
         rotary: ExactRotary,
         positions: Tensor,
-        past: int,
+        past: int | Tensor,
         first_valid: Tensor | None,
         sinks_cached: bool,
+        written: int = 0,
+        decode_dtype: torch.dtype | None = None,
     ) -> "Step":
-        """`positions` [1 or B, count] are the position ids of the new tokens."""
+        """`positions` [1 or B, count] are the new tokens' position ids; with a `decode_dtype` they go the short way."""
         count = positions.shape[1]
         sink_columns = torch.arange(config.global_branch, device=positions.device)[None]
         if first_valid is not None:
@@ -44,9 +49,18 @@ class Step:
             cached = positions[:, -1:] - (past + count - 1) + sink_columns
             sink_positions = torch.where(sink_columns < past, cached, positions.expand(rows, -1).gather(1, new))
             sink_phase = rotary.phase(-sink_positions)
-        return cls(
-            config, past, count, first_valid, sink_columns, sink_phase, rotary.phase(config.distance - positions)
-        )
+        if decode_dtype is not None:
+            decode = Decode.create(config, rotary, positions, past, written, first_valid, decode_dtype)
+            return cls(config, past, count, first_valid, sink_columns, sink_phase, None, written, decode)
+        far = config.global_branch and past + count > config.local_branch
+        far_phase = rotary.phase(config.distance - positions) if far else None
+        return cls(config, past, count, first_valid, sink_columns, sink_phase, far_phase, written)
+
+    @property
+    def quarter_turn(self) -> Phase:
+        assert self.sink_phase is not None
+        cos, sin = self.sink_phase
+        return Phase(torch.zeros_like(cos), torch.ones_like(sin))
 
     def sinks(self, key: Tensor, value: Tensor, first_column: int) -> tuple[Tensor, Tensor, Tensor]:
         """Pick the sinks out of keys and values [B, Hkv, m, d] whose first entry stands at `first_column`.
@@ -74,5 +88,6 @@ class Step:
             first_valid=None if self.first_valid is None else move(self.first_valid),
             sink_columns=move(self.sink_columns),
             sink_phase=None if self.sink_phase is None else move_phase(self.sink_phase),
-            far_phase=move_phase(self.far_phase),
+            far_phase=None if self.far_phase is None else move_phase(self.far_phase),
+            decode=None if self.decode is None else self.decode.to(device, non_blocking),
         )
