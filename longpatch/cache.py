@@ -1,5 +1,7 @@
 """The constant-memory cache of a converted model."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -87,7 +89,7 @@ class LambdaLayer(CacheLayerMixin):
         in_ring = past > 0 and count <= self.config.slack + 1 and not differentiable
         window = None if in_ring or not past else self._window(past)
         self._keep_sinks(keys, values, step)
-        self._make_room(past, count)
+        self._make_room(int(past), count)
         self._write(keys, values, past)
         if not in_ring:
             self.ring_start = 0
@@ -107,7 +109,7 @@ class LambdaLayer(CacheLayerMixin):
             self._ring(self.keys).index_copy_(2, decode.place[None], key)
             self._ring(self.values).index_copy_(2, decode.place[None], value)
         else:
-            self._make_room(step.past, 1)
+            self._make_room(int(step.past), 1)
             place = decode.place + sinks
             self.values[:, :, place : place + 1] = value
             place += 2 * sinks
@@ -215,7 +217,9 @@ class LambdaCache(Cache):
         self.config, self.static = LambdaConfig(**marker), static
         # Tensors, so that a compiled graph can count; on the CPU, so that reading them waits for no GPU.
         self.length, self.written = torch.tensor(0), torch.tensor(0)
-        layers = [LambdaLayer(self.config, self.length, self.written, static) for _ in range(config.num_hidden_layers)]
+        layers: Any = [
+            LambdaLayer(self.config, self.length, self.written, static) for _ in range(config.num_hidden_layers)
+        ]
         super().__init__(layers, offloading=offloading)
         self.padding = Padding()
         self._step: Step | None = None

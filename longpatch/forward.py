@@ -28,7 +28,8 @@ def prepare_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     Reads padding, positions and cache; makes a LambdaCache where one is wanted and none was passed; hands a `Step` to
     all layers as the keyword `longpatch`, which transformers passes through to the attention function.
     """
-    kwargs = {**dict(zip(_parameter_names(type(base)), args, strict=False)), **kwargs}
+    if args:
+        kwargs = {**dict(zip(_parameter_names(type(base)), args, strict=False)), **kwargs}
     inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     if inputs is None:
         return (), kwargs  # the model's own error says it best
@@ -42,24 +43,24 @@ def prepare_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     own_cache = cache if isinstance(cache, LambdaCache) else None
 
     count = inputs.shape[1]
-    short = own_cache is not None and own_cache.reads_shortly(count)
-    past, written = 0, 0
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    past, written, decode_dtype, padding = 0, 0, None, None
     if own_cache is not None:
+        short = own_cache.reads_shortly(count)
         past, written = own_cache.counts(short)
+        decode_dtype = own_cache.layers[0].dtype if short else None
+        padding = own_cache.padding
     elif cache is not None:
         past = cache.get_seq_length()
-    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-    if isinstance(past, Tensor):
-        padding = own_cache.padding
-    elif own_cache is not None or not past:
-        known = Padding() if own_cache is None else own_cache.padding
-        padding = read_padding(mask, positions, known, past, count)
-    else:
-        padding = read_padding(mask, None, Padding(), 0, past + count)
+    if not isinstance(past, Tensor):  # a compiled decode step takes the padding as it finds it
+        if padding is None and past:
+            padding = read_padding(mask, None, Padding(), 0, past + count)
+        else:
+            padding = read_padding(mask, positions, padding or Padding(), past, count)
+    assert padding is not None
     if positions is None:
         positions = (torch.arange(count, device=inputs.device) + past)[None]
     sinks_cached = own_cache is not None and own_cache.has_sinks(past)
-    decode_dtype = own_cache.layers[0].dtype if short else None
     rotary = base.longpatch.rotary
     step = Step.create(config, rotary, positions, past, padding.first_valid, sinks_cached, written, decode_dtype)
     if own_cache is not None:

@@ -62,7 +62,7 @@ class Step:
         cos, sin = self.sink_phase
         return Phase(torch.zeros_like(cos), torch.ones_like(sin))
 
-    def sinks(self, key: Tensor, value: Tensor, first_column: int) -> tuple[Tensor, Tensor, Tensor]:
+    def sinks(self, key: Tensor, value: Tensor, first_column: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pick the sinks out of keys and values [B, Hkv, m, d] whose first entry stands at `first_column`.
 
         Returns keys turned back to position 0 and values, `[B, Hkv, G, d]`, and which were there, `[1 or B, G]`.
