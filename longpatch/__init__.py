@@ -2,15 +2,24 @@
 
 from .cache import LambdaCache
 from .config import LambdaConfig
-from .convert import convert_llama_model, convert_model, convert_yi_model, revert_model
+from .convert import (
+    convert_gpt_j_model,
+    convert_llama_model,
+    convert_model,
+    convert_mpt_model,
+    convert_yi_model,
+    revert_model,
+)
 from .errors import LongpatchError
 
 __all__ = [
     "LambdaCache",
     "LambdaConfig",
     "LongpatchError",
+    "convert_gpt_j_model",
     "convert_llama_model",
     "convert_model",
+    "convert_mpt_model",
     "convert_yi_model",
     "revert_model",
 ]

@@ -10,8 +10,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .config import LambdaConfig
 from .decode import Decode
 from .errors import LongpatchError
+from .layers import LayerSettings, layer_settings
 from .padding import Padding
-from .rope import rotate
+from .rope import ExactRotary, rotate
 from .step import Step
 
 
@@ -29,11 +30,11 @@ class LambdaLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, config: LambdaConfig, length: Tensor, written: Tensor, static: bool = False):
+    def __init__(self, settings: LayerSettings, kind: int, length: Tensor, written: Tensor, static: bool = False):
         super().__init__()
-        self.config, self.length, self.written = config, length, written
-        self.is_compileable = static
-        self.ring_size = config.local_branch + config.slack
+        self.config, self.rotated, self.kind = settings.config, settings.rotated, kind
+        self.length, self.written, self.is_compileable = length, written, static
+        self.ring_size = self.config.local_branch + self.config.slack
         self.ring_start = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -81,8 +82,8 @@ class LambdaLayer(CacheLayerMixin):
         (step,) = args
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if step.decode is not None:
-            return self._decode(key_states, value_states, step, step.decode)
+        if step.decodes is not None:
+            return self._decode(key_states, value_states, step, step.decodes[self.kind])
         past, count = step.past, key_states.shape[2]
         keys, values = key_states.detach(), value_states.detach()
         differentiable = key_states.requires_grad or value_states.requires_grad
@@ -117,8 +118,9 @@ class LambdaLayer(CacheLayerMixin):
         stop = sinks + decode.held
         if not decode.sinks:
             return self.keys[:, :, 3 * sinks : 2 * sinks + stop], self.values[:, :, sinks:stop]
-        still, quarter, turned = self.keys[:, :, : 3 * sinks, : decode.cos.shape[-1]].split(sinks, dim=2)
-        turned.copy_(torch.addcmul(still * decode.cos, quarter, decode.sin))
+        if self.rotated and decode.cos is not None and decode.sin is not None:
+            still, quarter, turned = self.keys[:, :, : 3 * sinks, : decode.cos.shape[-1]].split(sinks, dim=2)
+            turned.copy_(torch.addcmul(still * decode.cos, quarter, decode.sin))
         return self.keys[:, :, 2 * sinks : 2 * sinks + stop], self.values[:, :, :stop]
 
     def sinks(self, key: Tensor, value: Tensor, step: Step) -> tuple[Tensor, Tensor]:
@@ -129,7 +131,7 @@ class LambdaLayer(CacheLayerMixin):
         if step.sink_phase is None or not (key.requires_grad or value.requires_grad):
             return self.sink_keys, self.sink_values
         first_column = step.past + step.count - key.shape[2]
-        fresh_keys, fresh_values, present = step.sinks(key, value, first_column)
+        fresh_keys, fresh_values, present = step.sinks(key, value, first_column, self.rotated)
         present = present[:, None, :, None]
         return torch.where(present, fresh_keys, self.sink_keys), torch.where(present, fresh_values, self.sink_values)
 
@@ -139,7 +141,7 @@ class LambdaLayer(CacheLayerMixin):
     def _keep_sinks(self, keys: Tensor, values: Tensor, step: Step) -> None:
         if step.sink_phase is None or not self.config.global_branch:
             return
-        sink_keys, sink_values, present = step.sinks(keys, values, first_column=step.past)
+        sink_keys, sink_values, present = step.sinks(keys, values, step.past, self.rotated)
         present = present[:, None, :, None]
         sink_keys = torch.where(present, sink_keys, self.sink_keys)
         self.keys[:, :, : 3 * self.config.global_branch] = torch.cat(
@@ -198,6 +200,8 @@ class LambdaCache(Cache):
 
         2 * layers * batch * key_value_heads * (2 * global_branch + local_branch + slack) * head_dim * bytes_per_number
 
+    Layers that slide in a model that has full layers too hold their own `sliding_window + slack` tokens and no sinks.
+
     Args:
         config: config of a converted model (`model.config`).
         offloading: keep the layers that do not run just now on the CPU.
@@ -217,8 +221,10 @@ class LambdaCache(Cache):
         self.config, self.static = LambdaConfig(**marker), static
         # Tensors, so that a compiled graph can count; on the CPU, so that reading them waits for no GPU.
         self.length, self.written = torch.tensor(0), torch.tensor(0)
+        settings = layer_settings(config, self.config)
+        self.kinds = list(dict.fromkeys(layer.config for layer in settings))
         layers: Any = [
-            LambdaLayer(self.config, self.length, self.written, static) for _ in range(config.num_hidden_layers)
+            LambdaLayer(layer, self.kinds.index(layer.config), self.length, self.written, static) for layer in settings
         ]
         super().__init__(layers, offloading=offloading)
         self.padding = Padding()
@@ -230,16 +236,21 @@ class LambdaCache(Cache):
 
     def end(self) -> None:
         """Count the tokens of the forward that has happened: one that failed half-way has not."""
-        assert self._step is not None
-        self.length += self._step.count
-        torch.maximum(self.length, self.written, out=self.written)
-        self._step = None
+        if self._step is not None:
+            self.length += self._step.count
+            torch.maximum(self.length, self.written, out=self.written)
+            self._step = None
 
     def counts(self, short: bool) -> tuple[int | Tensor, int]:
         """Tokens seen, and the largest number that were; in a compiled decode step a tensor, and nothing."""
         if short and torch.compiler.is_compiling():
             return self.length, 0
         return int(self.length), int(self.written)
+
+    def decodes(self, rotary: ExactRotary, positions: Tensor, past, written: int, first_valid) -> list[Decode]:
+        """What the short way of the next token needs, for each kind of layer."""
+        dtype = self.layers[0].dtype
+        return [Decode.create(kind, rotary, positions, past, written, first_valid, dtype) for kind in self.kinds]
 
     def reads_shortly(self, count: int) -> bool:
         """Whether the next `count` tokens can take the short way of `Decode`, which has no gradients."""

@@ -25,8 +25,8 @@ class Decode:
     held: int  # ring entries that are read
     sinks: int  # sinks that are read: none while all of them are inside every row's window
     bias: Tensor | None  # [1 or B, 1, 1, sinks + held], 0 or -inf; None: everything that is read is seen
-    cos: Tensor  # [1 or B, 1, 1, rotary_dim], of R(position - distance), for the sinks
-    sin: Tensor
+    cos: Tensor | None  # [1 or B, 1, 1, rotary_dim], of R(position - distance), for the sinks; None if there are none
+    sin: Tensor | None
 
     @classmethod
     def create(
@@ -51,14 +51,38 @@ class Decode:
                 bias = _any_bias(config, past, held, sinks, first_valid, dtype, positions.device)
             else:
                 bias = _plain_bias(config, past, held, sinks, dtype, positions.device)
-        cos, sin = rotary.phase(positions - config.distance)
-        return cls(past % ring, held, sinks, bias, cos[:, None], sin[:, None])
+        if not sinks:
+            return cls(past % ring, held, sinks, bias, None, None)
+        phase = rotary.phase(positions - config.distance)
+        return cls(past % ring, held, sinks, bias, phase.cos[:, None], phase.sin[:, None])
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Query [B, Hq, 1, d] over what `LambdaLayer.update` returned, [B, Hkv, sinks + held, d]: out [B, 1, Hq, d]."""
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        softcap: float | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Query [B, Hq, 1, d] over what `LambdaLayer.update` returned, [B, Hkv, sinks + held, d]: out [B, 1, Hq, d].
+
+        `softcap` and learned `sink_logits` [Hq] as in `attention.attend`.
+        """
         batch, heads, _, dim = query.shape
         grouped = query.reshape(batch, key.shape[1], -1, dim)  # heads that share a key head are rows of one matrix
-        out = scaled_dot_product_attention(grouped, key, value, attn_mask=self.bias, scale=scale)
+        if softcap is None and sink_logits is None:
+            out = scaled_dot_product_attention(grouped, key, value, attn_mask=self.bias, scale=scale)
+        else:
+            scores = grouped @ key.mT * (dim**-0.5 if scale is None else scale)
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if self.bias is not None:
+                scores = scores + self.bias
+            if sink_logits is not None:
+                column = sink_logits.to(scores.dtype).reshape(1, key.shape[1], -1, 1).expand(batch, -1, -1, -1)
+                scores = torch.cat((scores, column), dim=-1)
+            out = scores.softmax(dim=-1)[..., : key.shape[2]] @ value
         return out.reshape(batch, 1, heads, dim)
 
     def to(self, device, non_blocking: bool = False) -> "Decode":

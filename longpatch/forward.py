@@ -36,7 +36,7 @@ def prepare_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if kwargs.get("output_attentions") or getattr(base.config, "output_attentions", False):
         raise LongpatchError("forward", ["output_attentions=True: Λ-attention never forms the matrix of weights"])
     cache = kwargs.get("past_key_values")
-    config = base.longpatch.config
+    conversion = base.longpatch
     check_cache(cache, base)
     if cache is None and _wants_cache(base, kwargs.get("use_cache")):
         cache = kwargs["past_key_values"] = LambdaCache(base.config)
@@ -44,11 +44,10 @@ def prepare_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
     count = inputs.shape[1]
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-    past, written, decode_dtype, padding = 0, 0, None, None
+    past, written, short, padding = 0, 0, False, None
     if own_cache is not None:
-        short = own_cache.reads_shortly(count)
+        short = conversion.alibi_slopes is None and own_cache.reads_shortly(count)
         past, written = own_cache.counts(short)
-        decode_dtype = own_cache.layers[0].dtype if short else None
         padding = own_cache.padding
     elif cache is not None:
         past = cache.get_seq_length()
@@ -58,11 +57,17 @@ def prepare_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         else:
             padding = read_padding(mask, positions, padding or Padding(), past, count)
     assert padding is not None
+    first_valid = padding.first_valid
     if positions is None:
         positions = (torch.arange(count, device=inputs.device) + past)[None]
-    sinks_cached = own_cache is not None and own_cache.has_sinks(past)
-    rotary = base.longpatch.rotary
-    step = Step.create(config, rotary, positions, past, padding.first_valid, sinks_cached, written, decode_dtype)
+    sinks_cached, decodes, rotary = False, None, conversion.rotary
+    if own_cache is not None:
+        sinks_cached = own_cache.has_sinks(past)
+        if short:
+            decodes = own_cache.decodes(rotary, positions, past, written, first_valid)
+    step = Step.create(
+        conversion.config, conversion.layers, rotary, positions, past, first_valid, sinks_cached, written, decodes
+    )
     if own_cache is not None:
         own_cache.begin(step, padding)
     kwargs |= {"position_ids": positions, "attention_mask": None, "longpatch": (step, own_cache)}
@@ -71,9 +76,14 @@ def prepare_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 def finish_forward(base: Any, args: tuple, kwargs: dict, output: Any) -> None:
     """Forward hook of the base model: the tokens that were read now count."""
-    _, cache = kwargs.get("longpatch", (None, None))
-    if cache is not None:
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, LambdaCache):
         cache.end()
+
+
+def share_as_mask(layer: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of layers that drop unknown keyword arguments but hand their mask down."""
+    return args, kwargs | {"attention_mask": kwargs.get("longpatch")}
 
 
 def _wants_cache(base: Any, use_cache: bool | None) -> bool:

@@ -7,26 +7,23 @@ from argparse import Namespace
 import torch
 from torch import Tensor
 from transformers import set_seed
-from transformers.utils import logging
 
 from ..convert import convert_model, revert_model
 from ..errors import LongpatchError
 from ..evaluation.perplexity import perplexity
-from ..models import load_model
 from ..results import record, write_records
 from .plot import draw
 from .reading import CHUNK_TOKENS, Reading, read
-from .text import read_text
 
 PREVIEW_CHARACTERS = 400
 
 
-def run(arguments: Namespace) -> None:
-    """Read, compare, continue, plot. Raises LongpatchError for a model or text that cannot be used."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    text, text_name = read_text(arguments.text)
-    model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype))
+def run(arguments: Namespace, text: str, text_name: str, model, tokenizer, settings: dict) -> None:
+    """Read, compare, continue, plot; `settings` are those of convert_model.
+
+    Raises:
+        LongpatchError: for a model or text that cannot be used.
+    """
     trained = model.config.max_position_embeddings
     wanted = arguments.tokens or min(64 * trained, max(16_384, 3 * trained))
     ids = _encode(tokenizer, text, wanted)
@@ -36,12 +33,6 @@ def run(arguments: Namespace) -> None:
             [f"{text_name} gives {len(ids)} tokens to read"],
             f"more than twice the training length, {2 * trained}",
         )
-    settings = {
-        "local_branch": arguments.local_branch,
-        "global_branch": arguments.global_branch,
-        "limit_distance": arguments.limit_distance,
-        "implementation": arguments.attn,
-    }
     conversion = convert_model(model, **settings).longpatch.config  # refuses what cannot work before the long part
     revert_model(model)
     prompt = ids[: min(4 * trained, trained + 2048, len(ids))]

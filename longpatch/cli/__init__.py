@@ -1,0 +1,30 @@
+"""`longpatch COMMAND ...`: the command line. Each command is one module of this package."""
+
+import argparse
+import sys
+
+from ..errors import LongpatchError
+from .command import add_commands
+
+COMMANDS = {
+    "demo": "see on real text what conversion does",
+    "eval": "measure a model: perplexity, passkey, ...",
+}
+
+
+def build_parser(arguments: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="longpatch", description="Text of any length with any causal language model.")
+    add_commands(parser, COMMANDS, __name__, arguments, "COMMAND")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 2 and one line on stderr for anything the user can mend."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parsed = build_parser(arguments).parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except LongpatchError as error:
+        print(f"{parsed.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0

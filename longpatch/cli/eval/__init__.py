@@ -1,0 +1,10 @@
+"""Measure a model on real text. Each evaluation has its own --help."""
+
+KIND = "NAME"
+EXAMPLES = """\
+examples:
+  longpatch eval perplexity demo book.txt           original and converted, by position
+"""
+COMMANDS = {
+    "perplexity": "how well a model reads, by position, in sliding windows, or streamed to any length",
+}
