@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.15", "pyright>=1.1.400", "triton>=3.6"],
+    "eval": ["lm-eval>=0.4.13", "sacrebleu>=2.5", "rouge-score>=0.1.2"],
     "gguf": ["gguf>=0.10"],
     "triton": ["triton>=3.6"],
     "flash-attn": ["flash-attn>=2.7"],
@@ -19,7 +20,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     # kernels/ itself is not a package: transformers would mistake it for the PyPI package of that name.
-    packages=[*find_packages(include=["longpatch", "longpatch.*"]), "longpatch_kernels"],
+    packages=[*find_packages(include=["longpatch", "longpatch.*"]), *find_packages("kernels")],
     package_dir={"longpatch_kernels": "kernels/longpatch_kernels"},
     package_data={"longpatch.demo": ["model/*"]},
     install_requires=[

@@ -27,9 +27,10 @@ def padded(rows=3, count=12):
 
 
 @pytest.mark.parametrize("converted", [False, True])
-@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(
-    "extra", [{}, {"cache_reuse_chunks": 2}, {"learn_prompt": True}, {"trainable": "queries"}], ids=str
+    ("rows", "extra"),
+    [(1, {}), (3, {}), (3, {"cache_reuse_chunks": 2}), (3, {"learn_prompt": True}), (1, {"trainable": "queries"})],
+    ids=str,
 )
 def test_a_rate_of_zero_is_plain_generate(converted, rows, extra):
     ids, mask = padded(rows)
@@ -78,8 +79,7 @@ def straight_loop(model, ids, chunk, context, settings):
     sinks, total = sinks_of(model), ids.shape[1] + GREEDY["max_new_tokens"]
     with temp_lora(model, **settings) as learner:
         while ids.shape[1] < total:
-            # the cache is built from the text but for its last token, which generate then reads
-            seen = torch.cat((visible(ids[:, :-1], None, context, sinks).ids, ids[:, -1:]), dim=1)
+            seen = visible(ids, None, context, sinks).ids
             new = model.generate(seen, do_sample=False, max_new_tokens=min(chunk, total - ids.shape[1]))[
                 :, seen.shape[1] :
             ]
@@ -216,7 +216,7 @@ class KillAt(StopAt):
 
 
 @pytest.mark.parametrize("converted", [False, True])
-@pytest.mark.parametrize("at", [10, 16, 23, 40])
+@pytest.mark.parametrize("at", [5, 23])
 @pytest.mark.parametrize("extra", [{}, {"cache_reuse_chunks": 3}, {"learn_prompt": True, "chunk_tokens": 5}], ids=str)
 def test_a_run_that_was_cut_off_ends_with_the_same_tokens(converted, at, extra, tmp_path):
     ids, mask = padded()

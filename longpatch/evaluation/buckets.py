@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -72,4 +73,4 @@ def by_position(
 
 def _chunks(nll: Tensor, left: int, right: int, chunk_tokens: int) -> list[Tensor]:
     edges = [left, *range((left // chunk_tokens + 1) * chunk_tokens, right, chunk_tokens), right]
-    return [nll[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True) if len(nll[a:b])]
+    return [nll[a:b] for a, b in pairwise(edges) if len(nll[a:b])]

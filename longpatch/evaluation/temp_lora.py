@@ -3,13 +3,14 @@
 import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import LongpatchError
 from ..temp_lora.checkpoint import fingerprint, load_state, save_state, with_prefix, without_prefix
 from ..temp_lora.learner import Learner, temp_lora
 from ..temp_lora.options import LearnOptions
@@ -36,7 +37,7 @@ class Walk:
     context_tokens: int = 3072
     inference_context_tokens: tuple[int, ...] = ()
     cache_reuse_chunks: int | None = 1
-    learn: LearnOptions = LearnOptions()
+    learn: LearnOptions = field(default_factory=LearnOptions)
 
     @property
     def contexts(self) -> tuple[int, ...]:
@@ -135,8 +136,6 @@ def _save(folder: Path, owner: dict, document: Document, readers: dict[str, Read
 
 
 def _load(folder: Path, owner: dict, document: Document, readers: dict[str, Reader], learner: Learner) -> None:
-    from ..errors import LongpatchError
-
     tensors, data = load_state(folder)
     different = [
         f"the checkpoint in {folder} is of another {name}" for name in owner if data["owner"][name] != owner[name]

@@ -3,5 +3,17 @@
 from .generator import TempLoraGenerator
 from .learner import Learned, Learner, temp_lora
 from .options import GeneratorOptions, LearnOptions
+from .segments import Answer, Segment, generate_segments, read_segments
 
-__all__ = ["GeneratorOptions", "LearnOptions", "Learned", "Learner", "TempLoraGenerator", "temp_lora"]
+__all__ = [
+    "Answer",
+    "GeneratorOptions",
+    "LearnOptions",
+    "Learned",
+    "Learner",
+    "Segment",
+    "TempLoraGenerator",
+    "generate_segments",
+    "read_segments",
+    "temp_lora",
+]

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from ..cache import LambdaCache
 from ..errors import LongpatchError
@@ -27,7 +27,7 @@ def save_state(folder: Path, tensors: dict[str, Tensor], data: dict[str, Any]) -
     held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     described = json.dumps({"version": VERSION, "data": data})
     metadata = {"longpatch": described, "checksum": _checksum(described, held)}
-    unfinished = folder / f".{FILE}.{os.getpid()}"
+    unfinished = folder / f".{FILE}"  # one name: what a killed run leaves is written over by the next
     with open(unfinished, "wb") as file:
         file.write(save(held, metadata))
         file.flush()
@@ -84,13 +84,13 @@ def cache_state(cache: Any) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         counters.append({name: value for name, value in vars(layer).items() if type(value) is int})
     data: dict[str, Any] = {"counters": counters}
     if isinstance(cache, LambdaCache):
-        data["right"] = cache.padding.right
+        data |= {"right": cache.padding.right, "length": int(cache.length), "written": int(cache.written)}
         if cache.padding.first_valid is not None:
             tensors["first_valid"] = cache.padding.first_valid
     return tensors, data
 
 
-def restore_cache(cache: Cache, tensors: dict[str, Tensor], data: dict[str, Any], devices: Iterable) -> None:
+def restore_cache(cache: Any, tensors: dict[str, Tensor], data: dict[str, Any], devices: Iterable) -> None:
     """Fill an empty cache of the same kind; `devices` has one device a layer."""
     for index, (layer, device) in enumerate(zip(cache.layers, devices, strict=True)):
         if f"{index}.keys" in tensors:
@@ -100,10 +100,12 @@ def restore_cache(cache: Cache, tensors: dict[str, Tensor], data: dict[str, Any]
         for name, value in data["counters"][index].items():
             setattr(layer, name, value)
     if isinstance(cache, LambdaCache):
+        cache.length.fill_(data["length"])
+        cache.written.fill_(data["written"])
         cache.padding = Padding(tensors.get("first_valid"), data["right"])
 
 
-def empty_cache(model: Any) -> Cache:
+def empty_cache(model: Any) -> LambdaCache | DynamicCache:
     """The cache that `model` uses when it is left to itself."""
     return LambdaCache(model.config) if hasattr(model, "longpatch") else DynamicCache(config=model.config)
 

@@ -1,9 +1,9 @@
 """`TempLoraGenerator`: a model's `generate`, learning from each chunk it writes."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -12,6 +12,7 @@ from .checkpoint import fingerprint, load_state
 from .learner import check_model, make_options, temp_lora
 from .options import GeneratorOptions, LearnOptions
 from .run import Run
+from .segments import Answer, Segment, generate_segments
 from .targets import find_targets
 
 REFUSED = {
@@ -37,8 +38,8 @@ class TempLoraGenerator:
     cache is built anew. Each row of a batch has an adapter of its own. Afterwards, however generation ends, the model
     is as it was: base weights are never written to.
 
-    `generate` takes what `model.generate` takes and returns what it returns; greedy decoding and sampling, any number of
-    rows. `history` has one dict a chunk: `start` and `stop` in tokens, `loss` of the last epoch in nats,
+    `generate` takes what `model.generate` takes and returns what it returns; greedy decoding and sampling, any number
+    of rows. `history` has one dict a chunk: `start` and `stop` in tokens, `loss` of the last epoch in nats,
     `perplexity_before` and `perplexity_after` learning (the latter nan if it was not measured), and seconds to
     `generate`, `learn` and `rebuild`.
 
@@ -73,12 +74,16 @@ class TempLoraGenerator:
         """
         return self._generate(inputs, kwargs, None)
 
+    def generate_segments(self, segments: Iterable[Segment], tokenizer: Any, **settings: Any) -> Iterator[Answer]:
+        """Answer segments one after the other, learning each; see `longpatch.temp_lora.segments.generate_segments`."""
+        return generate_segments(self.model, tokenizer, segments, learn=self.learn_options, **settings)
+
     @classmethod
     def resume(cls, checkpoint_dir: str | Path, model: Any, **kwargs: Any) -> Any:
         """Go on from the last chunk saved; returns what the interrupted call of `generate` would have returned.
 
-        Tokens are those of an uninterrupted run, on the same machine and software. Fields such as `scores` hold the part
-        since the checkpoint. A streamer gets all the text so far as its prompt.
+        Tokens are those of an uninterrupted run, on the same machine and software. Fields such as `scores` hold the
+        part since the checkpoint. A streamer gets all the text so far as its prompt.
 
         Args:
             kwargs: what a checkpoint cannot hold and the interrupted call was given: logits_processor,

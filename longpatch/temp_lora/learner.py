@@ -131,7 +131,7 @@ class Learner:
 
     @torch.no_grad()
     def score(self, context_ids: Tensor | None, new_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """NLL [rows, n] of `new_ids` after `context_ids` in nats under the adapters as they are; nan for a first token."""
+        """NLL [rows, n] in nats of `new_ids` after `context_ids`, the adapters as they are; nan for a first token."""
         context_ids = new_ids[:, :0] if context_ids is None else context_ids
         ids, count = torch.cat((context_ids, new_ids), dim=1).to(self.causal.device), new_ids.shape[1]
         mask = None if attention_mask is None else attention_mask.to(ids.device)
@@ -167,9 +167,9 @@ class Learner:
         return continued
 
     def _optimizer(self, weights: list[Tensor]) -> torch.optim.Optimizer:
-        settings = {"lr": self.options.learning_rate, "eps": 1e-7, "weight_decay": 0.0}
+        settings: dict[str, Any] = {"lr": self.options.learning_rate, "eps": 1e-7, "weight_decay": 0.0}
         if self.options.optimizer_8bit:
-            from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+            from bitsandbytes.optim.adamw import AdamW8bit  # pyright: ignore[reportMissingImports]
 
             return AdamW8bit(weights, **settings)
         return torch.optim.AdamW(weights, fused=True, **settings)

@@ -31,11 +31,10 @@ class Reader:
 
         Call it with spans that follow each other. The cache ends before the token that predicts the span's first one.
         """
-        predicting = max(0, start - 1)
-        inputs = ids[None, predicting : stop - 1]
+        inputs = ids[None, max(0, start - 1) : stop - 1]
         if self.cache is None or (self.reuse_chunks is not None and self.age >= self.reuse_chunks):
-            seen = visible(ids[None, :predicting], None, self.tokens, sinks_of(self.model)).ids
-            inputs = torch.cat((seen, inputs), dim=1)
+            seen = visible(ids[None, :start], None, self.tokens, sinks_of(self.model)).ids
+            inputs = torch.cat((seen, ids[None, start : stop - 1]), dim=1)
             self.cache = None if self.reuse_chunks == 1 else empty_cache(self.model)
             self.age = 0
         first = max(1, start)

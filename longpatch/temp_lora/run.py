@@ -1,8 +1,8 @@
 """One generation: what happens between the forwards of one call of `model.generate`.
 
-`generate` itself writes the text. Two things are set on the model while it runs: a wrapper around its stopping criteria,
-which are shown the whole text after each token, and a forward pre-hook, which is called exactly when generation goes on.
-The hook learns what is due, builds the cache anew in place, and fits the arguments of the forward to what the cache holds.
+`generate` itself writes the text. Two things are set on the model while it runs: a wrapper around its stopping
+criteria, which are shown the whole text after each token, and a forward pre-hook, which is called exactly when
+generation goes on. The hook learns what is due, builds the cache anew in place, and fits the forward's arguments to it.
 """
 
 import functools
@@ -17,11 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 
 from ..cache import LambdaCache
 from ..errors import LongpatchError
-from ..padding import Padding
 from .checkpoint import (
     cache_state,
     empty_cache,
@@ -154,7 +153,7 @@ class Run:
         if self._resumed is None:
             self.learner.start(rows)
             self._save()
-            if not self.options.learn_prompt and count - 1 > sinks_of(self.causal) + self.options.inference_context:
+            if not self.options.learn_prompt and count > sinks_of(self.causal) + self.options.inference_context:
                 self._rebuild()
         else:
             self._restore(*self._resumed)
@@ -220,26 +219,30 @@ class Run:
     def _rebuild(self) -> None:
         """Read what is visible of the text but for its last token into an emptied cache."""
         count = self.text.shape[1]
-        seen = self._seen(count - 1, self.options.inference_context)
+        seen = self._seen(count, self.options.inference_context)
+        ids, mask = seen.ids[:, :-1], None if seen.mask is None else seen.mask[:, :-1]
         cache = self._cache
-        cache.layers = empty_cache(self.causal).layers
         if isinstance(cache, LambdaCache):
-            cache.padding = Padding()
-        width = seen.ids.shape[1]
-        positions = None if seen.mask is None else (seen.mask.cumsum(dim=1) - 1).clamp_min(0)
-        if width:
+            cache.reset()
+        else:
+            cache.layers = empty_cache(self.causal).layers
+        positions = None if mask is None else (mask.cumsum(dim=1) - 1).clamp_min(0)
+        if ids.shape[1]:
             self.causal(
-                input_ids=seen.ids,
-                attention_mask=seen.mask,
+                input_ids=ids,
+                attention_mask=mask,
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
-        self.mask, self.shift, self.age = seen.mask, count - 1 - width, 0
+        self.mask, self.shift, self.age = mask, count - seen.ids.shape[1], 0
 
     def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of the forward, fitted to the cache: the tokens it lacks, its mask, positions that go on from it."""
+        """Arguments of the forward, fitted to the cache: the tokens it lacks, its mask, positions that go on from it.
+
+        `generate` knows of no gap between sinks and latest tokens.
+        """
         if self.shift is None:
             return kwargs
         past = self._cache.get_seq_length()
@@ -330,7 +333,7 @@ class Watched(StoppingCriteriaList):
         super().__init__(criteria)
         self.tell = tell
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         return self.tell(input_ids, super().__call__(input_ids, scores, **kwargs))
 
 

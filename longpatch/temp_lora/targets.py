@@ -12,7 +12,7 @@ from .options import LearnOptions
 QUERY_NAMES = ("q_proj", "query", "q_lin", "wq", "q")
 
 
-def find_targets(model: nn.Module, options: LearnOptions) -> dict[str, nn.Module]:
+def find_targets(model: Any, options: LearnOptions) -> dict[str, nn.Module]:
     """Linear layers by name, in the order of the model: those that `options` ask for.
 
     A layer that peft has wrapped counts as one: the temporary adapter comes on top of the user's own.

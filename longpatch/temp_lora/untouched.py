@@ -35,7 +35,7 @@ def evaluating(model: nn.Module, checkpointing: bool = False):
             if isinstance(module, GradientCheckpointingLayer):
                 # The layer asks for its own flag alone; the modules inside it stay in eval mode.
                 module.training = module.gradient_checkpointing = checkpointing
-                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+                vars(module)["_gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False)
         yield
     finally:
         for module, flags in before:

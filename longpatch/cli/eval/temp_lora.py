@@ -1,8 +1,8 @@
 """Temp-LoRA (arXiv 2401.11504): perplexity of documents with a temporary adapter that learns as it reads, and without.
 
-Both read the same text in one pass; every token is scored before any update that saw it. The base reads through the same
-attention with a cache that is never reset. Perplexity is exp(mean NLL); the last columns are the mean of chunk perplexities,
-which Temp-LoRA's own code reports.
+Both read the same text in one pass; every token is scored before any update that saw it. The base reads through the
+same attention with a cache that is never reset. Perplexity is exp(mean NLL); the last columns are the mean of chunk
+perplexities, which Temp-LoRA's own code reports.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -29,7 +29,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("texts", type=Path, nargs="+", metavar="FILE", help="UTF-8 texts")
     parser.add_argument("--tokens", type=positive, metavar="N", help="read the first N tokens only (default: all)")
-    parser.add_argument("--no-convert", action="store_true", help="the model's own attention instead of Λ")
     add_learning_flags(parser)
     walk = parser.add_argument_group("walk")
     walk.add_argument("--chunk-tokens", type=positive, default=1024, metavar="N")
@@ -156,9 +155,8 @@ def run(arguments: Namespace) -> None:
     for arm in scores[0]:
         if arm != BASE:
             gains = [next(by_length([document], [])).gain(arm, BASE) for document in scores]
-            print(
-                f"\nperplexity below the base, context {arm}: {sum(gains) / len(gains):.1%} on average, {min(gains):.1%} at least"
-            )
+            average, least = sum(gains) / len(gains), min(gains)
+            print(f"\nperplexity below the base, context {arm}: {average:.1%} on average, {least:.1%} at least")
     if arguments.out:
         write_records(arguments.out, lines)
     if arguments.plot:

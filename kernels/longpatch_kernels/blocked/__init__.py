@@ -1,0 +1,68 @@
+"""Λ-attention in PyTorch alone, linear in time and memory: which of three algorithms runs, and their gradients."""
+
+import torch
+from torch import Tensor
+
+from ..inputs import Gradients, LambdaInputs
+from . import banded, decode, general
+
+
+def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
+    return []
+
+
+def run(inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.tensors)):
+        return algorithm(inputs).forward(inputs)  # without autograd's bookkeeping, which a decode step would notice
+    x = inputs
+    if x.query.dtype in (torch.float16, torch.bfloat16):
+        # backward takes dO·O from the output: rounded to bfloat16 it would cost the gradients 2^-9 of that sum
+        x = x.with_tensors(*(None if t is None else t.float() for t in x.tensors))
+    out, lse = _BlockedAttention.apply(*x.tensors, x)
+    return out.to(inputs.query.dtype), lse
+
+
+def algorithm(x: LambdaInputs):
+    """The rule, from shapes alone; each later line is slower and covers more.
+
+    decode: on a CPU, a cache and one query, or few query rows a key head (`decode.MAX_ROWS`).
+    banded: on a CPU, every other call without soft-cap and ALiBi, in a type that PyTorch's own CPU kernel takes.
+    general: everything.
+    """
+    plain = x.query.device.type == "cpu" and x.softcap is None and x.alibi_slopes is None and x.query_count > 0
+    if plain and decode.suits(x):
+        return decode
+    if plain and x.query.dtype in banded.DTYPES:
+        return banded
+    return general
+
+
+def explanation(x: LambdaInputs) -> str:
+    """Which algorithm `x` gets."""
+    return algorithm(x).__name__.rsplit(".", 1)[-1]
+
+
+class _BlockedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, query_far, key_far, value_far, inputs: LambdaInputs):
+        out, lse = algorithm(inputs).forward(inputs)
+        ctx.save_for_backward(query, key, value, query_far, key_far, value_far, out, lse)
+        ctx.inputs = inputs.with_tensors(*[None] * 6)  # autograd keeps the tensors
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse):
+        *tensors, out, lse = ctx.saved_tensors
+        return *gradients(ctx.inputs.with_tensors(*tensors), out, lse, grad_out, grad_lse), None
+
+
+def gradients(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None) -> Gradients:
+    """Gradients of the six tensors of `x`, from the forward's results and the gradients of these (None: not used)."""
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    # PyTorch's kernel takes no gradient of lse, which is often zeros that nobody asked for
+    if algorithm(x) is banded and (grad_lse is None or not grad_lse.any()):
+        computed = banded.backward(x, out, lse, grad_out)
+    else:
+        computed = general.backward(x, out, lse, grad_out, grad_lse)
+    return tuple(g if g is None else g.to(x.query.dtype) for g in computed)
