@@ -16,7 +16,7 @@ from .families import FAMILIES, reasons_against, supported_families
 from .families.falcon import convert_attention as convert_falcon_attention
 from .families.gptj import convert_attention as convert_gptj_attention
 from .families.mpt import convert_attention as convert_mpt_attention
-from .forward import finish_forward, prepare_cache, prepare_forward, prepare_mask, share_as_mask
+from .forward import finish_forward, prepare_cache, prepare_drafts, prepare_forward, prepare_mask, share_as_mask
 from .layers import LayerSettings, layer_settings, sliding_layers
 from .rope import ExactRotary, exact_rotary
 
@@ -219,6 +219,7 @@ def _convert(model: PreTrainedModel, settings: LambdaConfig) -> None:
         conversion.hook_after(base, finish_forward)
         if hasattr(model, "_prepare_cache_for_generation"):
             conversion.set(model, "_prepare_cache_for_generation", functools.partial(prepare_cache, model))
+            conversion.set(model, "_get_candidate_generator", functools.partial(prepare_drafts, model))
             conversion.set(model, "create_masks_for_generate", prepare_mask)
     except BaseException:
         conversion.undo()

@@ -151,6 +151,29 @@ def prepare_cache(model, generation_config, model_kwargs, generation_mode, batch
         )
 
 
+def prepare_drafts(model: Any, **kwargs: Any) -> Any:
+    """Instance override of `_get_candidate_generator`: drafts that the cache could not take back are refused.
+
+    Raises:
+        LongpatchError: before the model has read anything.
+    """
+    slack, reasons = model.longpatch.config.slack, []
+    draft, assistant = kwargs["generation_config"].prompt_lookup_num_tokens, kwargs.get("assistant_model")
+    if assistant is not None:
+        draft, schedule = (
+            getattr(assistant.generation_config, name)
+            for name in ("num_assistant_tokens", "num_assistant_tokens_schedule")
+        )
+        if schedule in ("heuristic", "heuristic_transient"):
+            reasons.append(f"num_assistant_tokens_schedule={schedule!r} lets drafts grow without bound")
+    if draft is not None and draft > slack:
+        reasons.append(f"drafts of {draft} tokens are more than the cache can take back (slack={slack})")
+    if reasons:
+        supported = f"num_assistant_tokens or prompt_lookup_num_tokens up to {slack}, constant, or a larger slack"
+        raise LongpatchError("generate", reasons, supported)
+    return type(model)._get_candidate_generator(model, **kwargs)
+
+
 def prepare_mask(config, inputs_embeds, attention_mask, *args, is_first_iteration=False, **kwargs) -> Tensor | None:
     """Instance override of `create_masks_for_generate`, which `generate` calls for static caches.
 
