@@ -4,11 +4,13 @@ from .cache import LambdaCache
 from .config import LambdaConfig
 from .convert import convert_llama_model, convert_model, convert_yi_model, revert_model
 from .errors import LongpatchError
+from .recall import Recall
 
 __all__ = [
     "LambdaCache",
     "LambdaConfig",
     "LongpatchError",
+    "Recall",
     "convert_llama_model",
     "convert_model",
     "convert_yi_model",

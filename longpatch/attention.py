@@ -8,6 +8,7 @@ from longpatch_kernels import lambda_attention
 
 from .cache import LambdaCache
 from .errors import LongpatchError
+from .recall.join import join, passing_memory
 from .rope import rotate
 from .step import Step
 
@@ -53,7 +54,7 @@ def attend(
             "value_far": value_far,
             "far_positions": step.sink_columns - oldest,
         }
-    out, _ = lambda_attention(
+    out, lse = lambda_attention(
         query,
         key,
         value,
@@ -64,4 +65,7 @@ def attend(
         implementation=step.config.implementation,
         **far,
     )
+    if step.lookup is not None and step.lookup.settings.covers(module.layer_idx):
+        memory = passing_memory(key, value, step) if layer is None else layer.memory
+        out = join(out, lse, query, memory, step, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return out.transpose(1, 2).contiguous(), None

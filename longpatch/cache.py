@@ -8,6 +8,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .config import LambdaConfig
 from .errors import LongpatchError
 from .padding import Padding
+from .recall.memory import Memory
+from .rope import rotate
 from .step import Step
 
 
@@ -23,11 +25,13 @@ class LambdaLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, config: LambdaConfig):
+    def __init__(self, config: LambdaConfig, number: int = 0):
         super().__init__()
         self.config = config
         self.ring_size = config.local_branch + config.slack
         self.length = self.written = self.ring_start = 0
+        recalls = config.recall is not None and config.recall.covers(number)
+        self.memory = Memory(config.recall, self.ring_size) if config.recall is not None and recalls else None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -53,6 +57,9 @@ class LambdaLayer(CacheLayerMixin):
         past, count = self.length, key_states.shape[2]
         assert past == step.past
         self._keep_sinks(key_states.detach(), value_states.detach(), step)
+        if self.memory is not None:
+            turned = rotate(key_states.detach(), step.lookup.key_phase)
+            self.memory.append(turned, value_states.detach(), step.lookup.starts)
         differentiable = key_states.requires_grad or value_states.requires_grad
         in_ring = past > 0 and count <= self.config.slack + 1 and not differentiable
         window = None if in_ring else self._window()
@@ -121,6 +128,8 @@ class LambdaLayer(CacheLayerMixin):
     def reset(self) -> None:
         super().reset()
         self.length = self.written = self.ring_start = 0
+        if self.memory is not None:
+            self.memory.reset()
 
     def removable(self) -> int:
         """How many of the latest tokens can be taken back exactly."""
@@ -130,15 +139,26 @@ class LambdaLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         self.length -= tokens_to_remove
+        if self.memory is not None:
+            self.memory.crop(tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
             self.keys = self.keys.repeat_interleave(repeats, dim=0)
             self.values = self.values.repeat_interleave(repeats, dim=0)
+            if self.memory is not None:
+                self.memory.select(torch.arange(len(self.keys)) // repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
             self.keys, self.values = self.keys[indices], self.values[indices]
+            if self.memory is not None:
+                self.memory.select(indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.memory is not None and self.is_initialized:
+            self.memory.select(beam_idx)
 
 
 class LambdaCache(Cache):
@@ -148,6 +168,8 @@ class LambdaCache(Cache):
     generations and `crop` (exact for the last `slack` tokens). Memory in bytes, for any number of tokens::
 
         2 * layers * batch * key_value_heads * (global_branch + local_branch + slack) * head_dim * bytes_per_number
+
+    With recall each layer also has a `longpatch.recall.memory.Memory`, which grows with the text.
 
     Args:
         config: config of a converted model (`model.config`).
@@ -164,7 +186,8 @@ class LambdaCache(Cache):
         if marker is None:
             raise LongpatchError("LambdaCache", ["config has no longpatch settings"], "the config of a converted model")
         self.config = LambdaConfig(**marker)
-        super().__init__([LambdaLayer(self.config) for _ in range(config.num_hidden_layers)], offloading=offloading)
+        layers = [LambdaLayer(self.config, number) for number in range(config.num_hidden_layers)]
+        super().__init__(layers, offloading=offloading)
         self.padding = Padding()
         self._step: Step | None = None
 

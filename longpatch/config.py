@@ -6,6 +6,7 @@ from typing import Any
 from longpatch_kernels import IMPLEMENTATIONS
 
 from .errors import LongpatchError
+from .recall.settings import Recall
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class LambdaConfig:
         slack: tokens the cache keeps beyond the window, so that as many can be taken back exactly (`cache.crop`).
         implementation: which kernel computes it: "auto" or a name in `longpatch_kernels.IMPLEMENTATIONS`.
 
+        recall: brings tokens that left the window back (`longpatch.Recall`); None means that they are forgotten.
+
     Raises:
         LongpatchError: listing every setting that is out of range.
     """
@@ -28,8 +31,11 @@ class LambdaConfig:
     limit_distance: int | None = None
     slack: int = 64
     implementation: str = "auto"
+    recall: Recall | None = None
 
     def __post_init__(self):
+        if isinstance(self.recall, dict):  # as saved
+            object.__setattr__(self, "recall", Recall(**self.recall))
         if self.limit_distance is None:
             object.__setattr__(self, "limit_distance", self.local_branch)
         nearest = self.local_branch if isinstance(self.local_branch, int) else 1

@@ -48,6 +48,10 @@ def prepare_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         padding = read_padding(mask, positions, known, past, count)
     else:
         padding = read_padding(mask, None, Padding(), 0, past + count)
+    if padding.right and config.recall is not None and config.recall.queries is not None:
+        raise LongpatchError(
+            "forward", ["right padding: the last queries of a row, which recall, are padding"], "Recall(queries=None)"
+        )
     if positions is None:
         positions = torch.arange(past, past + count, device=inputs.device)[None]
     sinks_cached = own_cache is not None and own_cache.has_sinks()
@@ -80,6 +84,8 @@ def check_cache(cache: Cache | None, base: Any) -> None:
         kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
         described = type(cache).__name__ + (f" of {', '.join(sorted(kinds))}" if kinds else "")
         raise LongpatchError("forward", [f"past_key_values is a {described}"], SUPPORTED_CACHES)
+    if base.longpatch.config.recall is not None:
+        raise LongpatchError("forward", ["past_key_values is a DynamicCache: recall needs a memory"], "LambdaCache")
     warnings.warn(
         "past_key_values is a DynamicCache, which grows with the text; for constant memory leave it out, or pass "
         "LambdaCache(model.config)",

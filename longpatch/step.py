@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .config import LambdaConfig
+from .recall.lookup import Lookup
 from .rope import ExactRotary, Phase, rotate
 
 
@@ -20,6 +21,7 @@ class Step:
     sink_columns: Tensor  # [1 or B, G]
     sink_phase: Phase | None  # R(-position) of the sinks; None once the cache holds them all
     far_phase: Phase  # R(distance - position) of the new tokens
+    lookup: Lookup | None = None  # what recall needs
 
     @classmethod
     def create(
@@ -44,9 +46,12 @@ class Step:
             cached = positions[:, -1:] - (past + count - 1) + sink_columns
             sink_positions = torch.where(sink_columns < past, cached, positions.expand(rows, -1).gather(1, new))
             sink_phase = rotary.phase(-sink_positions)
-        return cls(
-            config, past, count, first_valid, sink_columns, sink_phase, rotary.phase(config.distance - positions)
-        )
+        lookup = None
+        if config.recall is not None:
+            sizes = config.local_branch, config.global_branch
+            lookup = Lookup.create(config.recall, *sizes, rotary, positions, past, first_valid)
+        far_phase = rotary.phase(config.distance - positions)
+        return cls(config, past, count, first_valid, sink_columns, sink_phase, far_phase, lookup)
 
     def sinks(self, key: Tensor, value: Tensor, first_column: int) -> tuple[Tensor, Tensor, Tensor]:
         """Pick the sinks out of keys and values [B, Hkv, m, d] whose first entry stands at `first_column`.
@@ -75,4 +80,5 @@ class Step:
             sink_columns=move(self.sink_columns),
             sink_phase=None if self.sink_phase is None else move_phase(self.sink_phase),
             far_phase=move_phase(self.far_phase),
+            lookup=None if self.lookup is None else self.lookup.to(device, non_blocking),
         )
