@@ -4,13 +4,13 @@
     python -m benchmarks.recall smollm2 BOOK.txt --window 1024 --lengths 4096 --depths 5 --trials 1 --recall none \\
         top_k=5,distance=512 top_k=20,distance=512
 
-A trial is the prompt of `longpatch eval passkey`: BOS, text of the book, the line with the key in place of as many tokens
-at some depth, text, the question. It counts when all tokens of the key are the model's first choice one after the other,
-which is when greedy generation writes them. Each setting of --recall is `none` or settings of `longpatch.Recall`.
+A trial is BOS, text of the book, the line with the key in place of as many tokens at some depth, text, the question. It
+counts when all tokens of the key are the model's first choice one after the other, which is when greedy generation
+writes them. Each setting of --recall is `none` or settings of `longpatch.Recall`.
 
 All settings read a prompt once: what differs between them begins with the question. All depths share what lies before
-the key; and what lies behind its reach, `layers * window` tokens further on, where Λ-attention cannot tell whether it was
-there. --verify reads the first trial of each length whole and compares.
+the key; and what lies behind its reach, `layers * window` tokens further on, where Λ-attention cannot tell whether it
+was there. --verify reads the first trial of each length whole and compares.
 """
 
 import argparse
@@ -27,9 +27,12 @@ from longpatch import LambdaCache, Recall, convert_model
 from longpatch.evaluation.passkey import ANSWER_PREFIX, passkey_line
 from longpatch.models import load_model
 from longpatch.recall.blocks import BlockIndex
+from longpatch.recall.memory import Memory
+from longpatch.recall.settings import SEGMENT_TOKENS
 from longpatch.results import record, write_records
 
 COMMAND = "benchmarks.recall"
+NOTHING = Recall(top_k=1 << 40)  # a memory, from which nothing is recalled
 
 
 def parse_recall(text: str) -> Recall | None:
@@ -74,9 +77,14 @@ class Snapshot:
             layer.keys.copy_(keys)
             layer.values.copy_(values)
             layer.length, layer.written, layer.ring_start = counts
-            layer.memory.lengths = [layer.length]
-            if layer.memory.index is not None:
-                layer.memory.index.crop(0)
+        for memory in memories(cache):
+            memory.lengths = [cache.get_seq_length()]
+            if memory.index is not None:
+                memory.index.crop(0)
+
+
+def memories(cache: LambdaCache) -> list[Memory]:
+    return [layer.memory for layer in cache.layers if layer.memory is not None]
 
 
 class Haystack:
@@ -98,13 +106,13 @@ class Haystack:
 
     def hide(self, line: Tensor, start: int) -> list:
         """Put `line` at token `start`; returns what `forget` needs to take it out again."""
-        config = self.model.config
         settings = self.model.longpatch.config
-        reach = config.num_hidden_layers * settings.local_branch
+        reach = self.model.config.num_hidden_layers * settings.local_branch
         stop = len(self.ids) if start < settings.global_branch else min(len(self.ids), start + len(line) + reach)
         kept = [
-            [(s, {k: t.clone() for k, t in s.tensors.items()}) for _, _, s in x.memory.pieces(start, stop - 1, 1 << 30)]
-            for x in self.cache.layers
+            (segment.tensors, {name: tensor.clone() for name, tensor in segment.tensors.items()})
+            for memory in memories(self.cache)
+            for _, _, segment in memory.pieces(start, stop - 1, SEGMENT_TOKENS)
         ]
         self.snapshots[start].restore(self.cache)
         self.read(self.cache, torch.cat((line, self.ids[start + len(line) : stop])))
@@ -113,10 +121,10 @@ class Haystack:
         return kept
 
     def forget(self, kept: list) -> None:
-        for layer in kept:
-            for segment, tensors in layer:
-                for name, tensor in tensors.items():
-                    segment.tensors[name].copy_(tensor)
+        """Take out what `hide` put in."""
+        for tensors, copies in kept:
+            for name, copy in copies.items():
+                tensors[name].copy_(copy)
 
     def hidden_whole(self, line: Tensor, start: int) -> LambdaCache:
         cache = LambdaCache(self.model.config)
@@ -133,14 +141,12 @@ def ask(model, cache: LambdaCache, question: Tensor, answer: Tensor, recall: Rec
     if recall is not None and recall.queries is not None:
         recall = replace(recall, queries=recall.queries + len(answer) - 1)
     settings = model.longpatch.config
-    convert_model(
-        model, settings.local_branch, settings.global_branch, recall=recall or Recall(from_layer=0, top_k=1 << 40)
-    )
+    convert_model(model, settings.local_branch, settings.global_branch, recall=recall or NOTHING)
     cache.config = model.longpatch.config
-    for layer in cache.layers:
-        if recall is not None and layer.memory.settings.block_tokens != recall.block_tokens:
-            layer.memory.settings = recall
-            layer.memory.index = BlockIndex(layer.memory) if recall.block_tokens > 1 else None
+    for memory in memories(cache):
+        if recall is not None and memory.settings.block_tokens != recall.block_tokens:
+            memory.settings = recall
+            memory.index = BlockIndex(memory) if recall.block_tokens > 1 else None
     ids = torch.cat((question, answer[:-1]))
     logits = model(ids[None], past_key_values=cache).logits[0, -len(answer) :]
     cache.crop(-len(ids))
@@ -173,17 +179,17 @@ def main():
             ids = torch.cat((bos, book[first : first + size - 1]))
             room = size - 1 - max(len(line) for line in lines)
             starts = [1 + round(room * depth / max(1, arguments.depths - 1)) for depth in range(arguments.depths)]
-            convert_model(model, window, arguments.sinks, recall=Recall(top_k=1 << 40))  # a memory, nothing recalled
+            convert_model(model, window, arguments.sinks, recall=NOTHING)
             haystack = Haystack(model, tokenizer, ids, starts, arguments.chunk)
             for depth, (line, start, answer) in enumerate(zip(lines, starts, answers, strict=True)):
-                convert_model(model, window, arguments.sinks, recall=Recall(top_k=1 << 40))
+                convert_model(model, window, arguments.sinks, recall=NOTHING)
                 haystack.cache.config = model.longpatch.config
                 kept = haystack.hide(line, start)
                 for text, recall in settings.items():
                     logits = ask(model, haystack.cache, question, answer, recall)
                     found[text][depth].append(bool((logits.argmax(-1) == answer).all()))
                 if arguments.verify and trial == 0 and depth == arguments.depths // 2:
-                    convert_model(model, window, arguments.sinks, recall=Recall(top_k=1 << 40))
+                    convert_model(model, window, arguments.sinks, recall=NOTHING)
                     whole = ask(model, haystack.hidden_whole(line, start), question, answer, recall)
                     print(f"{length} tokens read whole: logits differ by {(whole - logits).abs().max():.1e}")
                 haystack.forget(kept)

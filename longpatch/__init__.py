@@ -2,7 +2,14 @@
 
 from .cache import LambdaCache
 from .config import LambdaConfig
-from .convert import convert_llama_model, convert_model, convert_yi_model, revert_model
+from .convert import (
+    convert_gpt_j_model,
+    convert_llama_model,
+    convert_model,
+    convert_mpt_model,
+    convert_yi_model,
+    revert_model,
+)
 from .errors import LongpatchError
 from .recall import Recall
 
@@ -11,8 +18,10 @@ __all__ = [
     "LambdaConfig",
     "LongpatchError",
     "Recall",
+    "convert_gpt_j_model",
     "convert_llama_model",
     "convert_model",
+    "convert_mpt_model",
     "convert_yi_model",
     "revert_model",
 ]

@@ -1,5 +1,7 @@
 """The constant-memory cache of a converted model."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -7,6 +9,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .config import LambdaConfig
 from .errors import LongpatchError
+from .layers import LayerSettings, layer_settings
 from .padding import Padding
 from .recall.memory import Memory
 from .rope import rotate
@@ -25,13 +28,12 @@ class LambdaLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, config: LambdaConfig, number: int = 0):
+    def __init__(self, settings: LayerSettings):
         super().__init__()
-        self.config = config
-        self.ring_size = config.local_branch + config.slack
+        self.config, self.rotated = settings.config, settings.rotated
+        self.ring_size = self.config.local_branch + self.config.slack
         self.length = self.written = self.ring_start = 0
-        recalls = config.recall is not None and config.recall.covers(number)
-        self.memory = Memory(config.recall, self.ring_size) if config.recall is not None and recalls else None
+        self.memory = None if self.config.recall is None else Memory(self.config.recall, self.ring_size)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -58,7 +60,7 @@ class LambdaLayer(CacheLayerMixin):
         assert past == step.past
         self._keep_sinks(key_states.detach(), value_states.detach(), step)
         if self.memory is not None:
-            turned = rotate(key_states.detach(), step.lookup.key_phase)
+            turned = rotate(key_states.detach(), step.lookup.key_phase) if self.rotated else key_states.detach()
             self.memory.append(turned, value_states.detach(), step.lookup.starts)
         differentiable = key_states.requires_grad or value_states.requires_grad
         in_ring = past > 0 and count <= self.config.slack + 1 and not differentiable
@@ -83,7 +85,7 @@ class LambdaLayer(CacheLayerMixin):
         """
         if step.sink_phase is None or not (key.requires_grad or value.requires_grad):
             return self.sink_keys, self.sink_values
-        fresh_keys, fresh_values, present = step.sinks(key, value, first_column=self.length - key.shape[2])
+        fresh_keys, fresh_values, present = step.sinks(key, value, self.length - key.shape[2], self.rotated)
         present = present[:, None, :, None]
         return torch.where(present, fresh_keys, self.sink_keys), torch.where(present, fresh_values, self.sink_values)
 
@@ -93,7 +95,7 @@ class LambdaLayer(CacheLayerMixin):
     def _keep_sinks(self, keys: Tensor, values: Tensor, step: Step) -> None:
         if step.sink_phase is None or not self.config.global_branch:
             return
-        sink_keys, sink_values, present = step.sinks(keys, values, first_column=self.length)
+        sink_keys, sink_values, present = step.sinks(keys, values, self.length, self.rotated)
         present = present[:, None, :, None]
         self.sink_keys.copy_(torch.where(present, sink_keys, self.sink_keys))
         self.sink_values.copy_(torch.where(present, sink_values, self.sink_values))
@@ -155,7 +157,7 @@ class LambdaLayer(CacheLayerMixin):
             if self.memory is not None:
                 self.memory.select(indices)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         if self.memory is not None and self.is_initialized:
             self.memory.select(beam_idx)
@@ -170,6 +172,7 @@ class LambdaCache(Cache):
         2 * layers * batch * key_value_heads * (global_branch + local_branch + slack) * head_dim * bytes_per_number
 
     With recall each layer also has a `longpatch.recall.memory.Memory`, which grows with the text.
+    Layers that slide in a model that has full layers too hold their own `sliding_window + slack` tokens and no sinks.
 
     Args:
         config: config of a converted model (`model.config`).
@@ -186,7 +189,7 @@ class LambdaCache(Cache):
         if marker is None:
             raise LongpatchError("LambdaCache", ["config has no longpatch settings"], "the config of a converted model")
         self.config = LambdaConfig(**marker)
-        layers = [LambdaLayer(self.config, number) for number in range(config.num_hidden_layers)]
+        layers: list[Any] = [LambdaLayer(settings) for settings in layer_settings(config, self.config)]
         super().__init__(layers, offloading=offloading)
         self.padding = Padding()
         self._step: Step | None = None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .config import LambdaConfig
+from .layers import LayerSettings
 from .recall.lookup import Lookup
 from .rope import ExactRotary, Phase, rotate
 
@@ -14,7 +15,7 @@ from .rope import ExactRotary, Phase, rotate
 class Step:
     """One forward over `count` new tokens that follow `past` cached ones. Columns count from the first cached token."""
 
-    config: LambdaConfig
+    layers: tuple[LayerSettings, ...]
     past: int
     count: int
     first_valid: Tensor | None  # [B]: column of each row's first token; None = 0 everywhere
@@ -27,6 +28,7 @@ class Step:
     def create(
         cls,
         config: LambdaConfig,
+        layers: tuple[LayerSettings, ...],
         rotary: ExactRotary,
         positions: Tensor,
         past: int,
@@ -51,19 +53,23 @@ class Step:
             sizes = config.local_branch, config.global_branch
             lookup = Lookup.create(config.recall, *sizes, rotary, positions, past, first_valid)
         far_phase = rotary.phase(config.distance - positions)
-        return cls(config, past, count, first_valid, sink_columns, sink_phase, far_phase, lookup)
+        return cls(layers, past, count, first_valid, sink_columns, sink_phase, far_phase, lookup)
 
-    def sinks(self, key: Tensor, value: Tensor, first_column: int) -> tuple[Tensor, Tensor, Tensor]:
+    def sinks(
+        self, key: Tensor, value: Tensor, first_column: int, rotated: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Pick the sinks out of keys and values [B, Hkv, m, d] whose first entry stands at `first_column`.
 
-        Returns keys turned back to position 0 and values, `[B, Hkv, G, d]`, and which were there, `[1 or B, G]`.
+        Returns keys, turned back to position 0 where they were `rotated`, and values, `[B, Hkv, G, d]`, and which were
+        there, `[1 or B, G]`.
         """
         assert self.sink_phase is not None
         column = self.sink_columns - first_column
         present = (column >= 0) & (column < key.shape[2])
         index = column.clamp(0, key.shape[2] - 1)[:, None, :, None]
         index = index.expand(len(key), key.shape[1], -1, key.shape[3])
-        return rotate(key.gather(2, index), self.sink_phase), value.gather(2, index), present
+        key, value = key.gather(2, index), value.gather(2, index)
+        return rotate(key, self.sink_phase) if rotated else key, value, present
 
     def to(self, device, non_blocking: bool = False) -> "Step":
         """The same step on another device: accelerate moves every argument of a layer that sits elsewhere."""
@@ -72,7 +78,7 @@ class Step:
             return tensor.to(device, non_blocking=non_blocking)
 
         def move_phase(phase: Phase) -> Phase:
-            return Phase(move(phase.cos), move(phase.sin))
+            return phase._replace(cos=move(phase.cos), sin=move(phase.sin))
 
         return replace(
             self,

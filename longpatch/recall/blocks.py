@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 class BlockIndex:
     """Two keys stand for each block: the largest and the smallest value of its keys in every dimension.
 
-    With them `sum_i max(q_i largest_i, q_i smallest_i)` bounds the score of each of the block's tokens from above (Quest,
-    arXiv 2406.10774). It holds for rotary models too, since all keys are turned back to position 0 and a query sees them
-    all at one distance.
+    With them `sum_i max(q_i largest_i, q_i smallest_i)` bounds the score of each of the block's tokens from above
+    (Quest, arXiv 2406.10774). It holds for rotary models too, since all keys are turned back to position 0 and a query
+    sees them all at one distance.
     """
 
     def __init__(self, memory: "Memory"):

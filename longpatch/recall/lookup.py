@@ -18,6 +18,7 @@ class Lookup:
     starts: list[int]  # [B or 1]: number of each row's first new token, negative in left padding
     first: Tensor  # [B or 1, q]: the oldest token that each query may recall
     last: Tensor  # [B or 1, q]: the latest one; before `first` where there is none
+    distance: int  # at which recalled tokens appear
     key_phase: Phase  # R(-position) of the new tokens
     query_phase: Phase  # R(distance - position) of the last q
 
@@ -32,7 +33,7 @@ class Lookup:
         past: int,
         first_valid: Tensor | None,
     ) -> "Lookup":
-        """`positions` [1 or B, count] are the position ids of the new tokens, the first of which is in column `past`."""
+        """`positions` [1 or B, count] are position ids of the new tokens; the first of these is in column `past`."""
         count = positions.shape[1]
         queries = count if settings.queries is None else min(settings.queries, count)
         starts = [past] if first_valid is None else [past - column for column in first_valid.tolist()]
@@ -47,13 +48,15 @@ class Lookup:
         possible = latest - sinks + 1 >= settings.top_k * settings.block_tokens
         distance = default_distance(window) if settings.distance is None else settings.distance
         key_phase, query_phase = rotary.phase(-positions), rotary.phase(distance - positions[:, count - queries :])
-        return cls(settings, possible, starts, first, last, key_phase, query_phase)
+        return cls(settings, possible, starts, first, last, distance, key_phase, query_phase)
 
     def to(self, device, non_blocking: bool = False) -> "Lookup":
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)
 
-        key_phase, query_phase = (Phase(move(p.cos), move(p.sin)) for p in (self.key_phase, self.query_phase))
+        key_phase, query_phase = (
+            p._replace(cos=move(p.cos), sin=move(p.sin)) for p in (self.key_phase, self.query_phase)
+        )
         first, last = move(self.first), move(self.last)
         return replace(self, first=first, last=last, key_phase=key_phase, query_phase=query_phase)
 

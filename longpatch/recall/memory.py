@@ -14,7 +14,7 @@ from .settings import SEGMENT_TOKENS, Recall
 class Memory:
     """Keys `[B, Hkv, d]`, turned back to position 0, and values by token, counted from each row's first one.
 
-    Tokens come in when they are read, and may be recalled once they have left a query's window. Memory in bytes, a layer::
+    Tokens come in when they are read, and may be recalled once they have left a query's window. Bytes of a layer::
 
         2 * batch * key_value_heads * head_dim * bytes_per_number * segments * 4,096
 
@@ -67,10 +67,9 @@ class Memory:
         segment = self.segments[number]
         if segment is None:
             rows = len(self.lengths)
-            shapes = (states[:1].expand(rows, -1, -1, -1) for states in (keys, values))
-            segment = self.segments[number] = Segment(
-                *shapes, self.settings.storage, self.settings.bits, self._path(number)
-            )
+            keys, values = (states[:1].expand(rows, -1, -1, -1) for states in (keys, values))
+            segment = Segment(keys, values, self.settings.storage, self.settings.bits, self._path(number))
+            self.segments[number] = segment
         return segment
 
     def _path(self, number: int) -> Path | None:
@@ -152,9 +151,10 @@ class Memory:
         self.lengths = [self.lengths[row] for row in rows.tolist()]
         for number, segment in enumerate(old):
             if segment is not None:
-                shapes = (segment.tensors[name][:1, :, :1].expand(len(rows), -1, -1, -1) for name in ("keys", "values"))
-                new = self.segments[number] = Segment(*shapes, "device", self.settings.bits, self._path(number))
+                keys, values = (segment.tensors[name][:1].expand(len(rows), -1, -1, -1) for name in ("keys", "values"))
+                new = Segment(keys, values, "device", self.settings.bits, self._path(number))
                 new.select(rows, segment)
+                self.segments[number] = new
         if self.index is not None:
             self.index.crop(0)
         if old_folder is not None:

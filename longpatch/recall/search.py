@@ -22,8 +22,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention of `query` [B, Hq, q, d], already at the distance of recalled tokens, to those that it recalls.
 
-    `bias` [Hq] is added to every score (ALiBi: -slope x distance). Returns out [B, Hq, q, d] and log-sum-exp [B, Hq, q]; 0
-    and -inf for a query that recalls nothing. `memory.recalled` tells afterwards what was recalled.
+    `bias` [Hq] is added to every score (ALiBi: -slope x distance). Returns out [B, Hq, q, d] and log-sum-exp
+    [B, Hq, q]; 0 and -inf for a query that recalls nothing. `memory.recalled` tells afterwards what was recalled.
     """
     dtype = computing_dtype(query.dtype)
     grouped = (query.to(dtype) * scale).unflatten(1, (memory.key_heads, -1))  # [B, Hkv, g, q, d]
@@ -75,10 +75,10 @@ def _best_tokens(memory: Memory, query: Tensor, lookup: Lookup) -> tuple[Tensor,
 
 @torch.no_grad()
 def _best_blocks(memory: Memory, query: Tensor, lookup: Lookup) -> Tensor:
-    """Blocks [B, Hkv, q, k] that the query heads of a key head together find best; -1 where fewer than k may be recalled.
+    """Blocks [B, Hkv, q, k] that the query heads of a key head together find best; -1 where fewer may be recalled.
 
-    A head gives each block the softmax, over all blocks that may be recalled, of the bound on its scores; a block's worth is
-    the sum over the heads. So a head that knows what it seeks has its way, and one that does not hardly counts.
+    A head gives each block the softmax, over all blocks that may be recalled, of the bound on its scores; a block's
+    worth is the sum over the heads. A head that knows what it seeks has its way, one that does not hardly counts.
     """
     k, device = lookup.settings.top_k, query.device
     first, last = _limits(lookup, lookup.settings.block_tokens)

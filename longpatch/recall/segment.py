@@ -36,7 +36,7 @@ class Segment:
             }
 
     def write(self, rows: slice, start: int, keys: Tensor, values: Tensor) -> None:
-        """Put keys and values [rows, Hkv, n, d] at tokens `start` and after; from a GPU to pinned memory without waiting."""
+        """Put keys and values [rows, Hkv, n, d] at `start` and after; from a GPU to pinned memory without waiting."""
         place = (rows, slice(None), slice(start, start + keys.shape[2]))
         for name, states in (("keys", keys), ("values", values)):
             held = self.tensors[name]
