@@ -56,6 +56,7 @@ def parse_arguments():
     parser.add_argument("--chunk", type=int, default=1024, help="tokens per forward")
     parser.add_argument("--minutes", type=float, help="begin no stretch of text after so many minutes")
     parser.add_argument("--verify", action="store_true", help="read the first trial of each length whole and compare")
+    parser.add_argument("--show", action="store_true", help="print what was said instead of each key not found")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="JSONL", help="write the results here, after each stretch of text")
     return parser.parse_args()
@@ -187,7 +188,11 @@ def main():
                 kept = haystack.hide(line, start)
                 for text, recall in settings.items():
                     logits = ask(model, haystack.cache, question, answer, recall)
-                    found[text][depth].append(bool((logits.argmax(-1) == answer).all()))
+                    first_choice = logits.argmax(-1)
+                    found[text][depth].append(bool((first_choice == answer).all()))
+                    if arguments.show and not found[text][depth][-1]:
+                        said = tokenizer.decode(first_choice)
+                        tqdm.write(f"{length} tokens, depth {depth}, {text}: {said!r} for {tokenizer.decode(answer)!r}")
                 if arguments.verify and trial == 0 and depth == arguments.depths // 2:
                     convert_model(model, window, arguments.sinks, recall=NOTHING)
                     whole = ask(model, haystack.hidden_whole(line, start), question, answer, recall)

@@ -11,9 +11,10 @@ from .settings import Recall
 
 @dataclass(frozen=True)
 class Lookup:
-    """Tokens count from each row's first one. `q` queries recall: the last ones of the forward."""
+    """Tokens count from each row's first one after the sinks. `q` queries recall: the last ones of the forward."""
 
     settings: Recall
+    sinks: int
     possible: bool  # whether any query may recall anything
     starts: list[int]  # [B or 1]: number of each row's first new token, negative in left padding
     first: Tensor  # [B or 1, q]: the oldest token that each query may recall
@@ -36,19 +37,19 @@ class Lookup:
         """`positions` [1 or B, count] are position ids of the new tokens; the first of these is in column `past`."""
         count = positions.shape[1]
         queries = count if settings.queries is None else min(settings.queries, count)
-        starts = [past] if first_valid is None else [past - column for column in first_valid.tolist()]
+        columns = [0] if first_valid is None else first_valid.tolist()
+        starts = [past - sinks - column for column in columns]
         token = torch.tensor(starts, device=positions.device)[:, None] + torch.arange(
             count - queries, count, device=positions.device
         )
         last = token - window
-        first = torch.full_like(last, sinks)
-        if settings.max_tokens is not None:
-            first = first.maximum(last - settings.max_tokens + 1)
+        oldest = torch.zeros_like(last) if settings.max_tokens is None else last - settings.max_tokens + 1
+        first = oldest.clamp_min(0)
         latest = max(starts) + count - 1 - window
-        possible = latest - sinks + 1 >= settings.top_k * settings.block_tokens
+        possible = latest + 1 >= (settings.top_k if settings.block_tokens == 1 else 1)
         distance = default_distance(window) if settings.distance is None else settings.distance
         key_phase, query_phase = rotary.phase(-positions), rotary.phase(distance - positions[:, count - queries :])
-        return cls(settings, possible, starts, first, last, distance, key_phase, query_phase)
+        return cls(settings, sinks, possible, starts, first, last, distance, key_phase, query_phase)
 
     def to(self, device, non_blocking: bool = False) -> "Lookup":
         def move(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from .settings import SEGMENT_TOKENS, Recall
 
 
 class Memory:
-    """Keys `[B, Hkv, d]`, turned back to position 0, and values by token, counted from each row's first one.
+    """Keys, turned back to position 0, and values of tokens, counted from each row's first one after the sinks.
 
     Tokens come in when they are read, and may be recalled once they have left a query's window. Bytes of a layer::
 
@@ -37,7 +37,8 @@ class Memory:
     def append(self, keys: Tensor, values: Tensor, starts: list[int]) -> None:
         """Take in keys, turned back to position 0, and values [B, Hkv, n, d].
 
-        `starts` [B or 1] are the numbers of each row's first new token, negative where the row is still in its padding.
+        `starts` [B or 1] are the numbers of each row's first new token, negative where the row is still in its
+        padding or its sinks.
         """
         count = keys.shape[2]
         starts = starts * len(keys) if len(starts) == 1 else starts

@@ -33,8 +33,9 @@ def attend(
         values = values.view(*tokens.shape, -1)  # [B, Hkv, g, q, k, d]
     else:
         blocks = _best_blocks(memory, grouped, lookup)
-        scores, tokens, values = _block_tokens(memory, grouped, blocks, lookup.settings.block_tokens)
-    memory.recalled = tokens.expand(*scores.shape).flatten(1, 2).masked_fill(scores.isneginf().flatten(1, 2), -1)
+        scores, tokens, values = _block_tokens(memory, grouped, blocks, lookup)
+    recalled = tokens.expand_as(scores).flatten(1, 2)
+    memory.recalled = torch.where(recalled < 0, -1, recalled + lookup.sinks)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill((tokens < 0).expand_as(scores), -torch.inf)
@@ -49,8 +50,7 @@ def attend(
 def _best_tokens(memory: Memory, query: Tensor, lookup: Lookup) -> tuple[Tensor, Tensor]:
     """Scores and tokens [B, Hkv, g, q, k] of each query head's best; -inf and -1 where fewer than k may be recalled."""
     device, home, k = query.device, memory.home, lookup.settings.top_k
-    first, last = _limits(lookup, 1)
-    query, first, last = query.to(home), first.to(home), last.to(home)
+    query, first, last = query.to(home), lookup.first.to(home), lookup.last.to(home)
     rows = query.flatten(2, 3)  # [B, Hkv, g q, d]
     shape = (*query.shape[:4], k)
     best = query.new_full(shape, -torch.inf)
@@ -75,41 +75,41 @@ def _best_tokens(memory: Memory, query: Tensor, lookup: Lookup) -> tuple[Tensor,
 
 @torch.no_grad()
 def _best_blocks(memory: Memory, query: Tensor, lookup: Lookup) -> Tensor:
-    """Blocks [B, Hkv, q, k] that the query heads of a key head together find best; -1 where fewer may be recalled.
+    """Blocks [B, Hkv, q, k] that the query heads of a key head together find best; -1 where there are fewer.
 
-    A head gives each block the softmax, over all blocks that may be recalled, of the bound on its scores; a block's
-    worth is the sum over the heads. A head that knows what it seeks has its way, one that does not hardly counts.
+    A head gives each block the softmax, over all blocks with tokens that may be recalled, of the bound on its scores; a
+    block's worth is the sum over the heads. A head that knows what it seeks has its way, one that does not hardly
+    counts.
     """
-    k, device = lookup.settings.top_k, query.device
-    first, last = _limits(lookup, lookup.settings.block_tokens)
-    assert memory.index is not None
+    size, k = lookup.settings.block_tokens, lookup.settings.top_k
+    first, last = lookup.first // size, lookup.last // size
     count = int(last.max()) + 1
-    representatives = memory.index.until(count, int(last.max(dim=1).values.min()) + 1, query)
+    assert memory.index is not None
+    representatives = memory.index.until(count, int(last.amax(dim=1).min()) + 1, query)
     signed = torch.cat((query.clamp_min(0), query.clamp_max(0)), dim=-1)
-    block = torch.arange(count, device=device)
-    hidden = (block < first[..., None]) | (block > last[..., None])  # [B, q, blocks]
+    block = torch.arange(count, device=query.device)
+    hidden = (block < first[..., None]) | (block > last[..., None])  # [B or 1, q, blocks]
     scores = (signed.flatten(2, 3) @ representatives.mT).view(*query.shape[:4], -1)
     worth = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(dim=-1).sum(dim=2)
     worth = worth.masked_fill(hidden[:, None], -torch.inf)
     value, chosen = worth.topk(min(k, count), dim=-1)
-    if count < k:
-        return chosen.new_full((*chosen.shape[:-1], k), -1)
-    return chosen.masked_fill(value[..., -1:].isneginf(), -1)
+    return chosen.masked_fill(value.isneginf(), -1)
 
 
-def _block_tokens(memory: Memory, query: Tensor, blocks: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [B, Hkv, g, q, k size], tokens [B, Hkv, 1, q, k size] and values [B, Hkv, 1, q, k size, d] of blocks."""
-    starts = (blocks * size).clamp_min(0).flatten(2)
+def _block_tokens(memory: Memory, query: Tensor, blocks: Tensor, lookup: Lookup) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the blocks' tokens that may be recalled, t = k block_tokens with the others as -inf and -1.
+
+    Scores [B, Hkv, g, q, t], tokens [B, Hkv, 1, q, t] and values [B, Hkv, 1, q, t, d].
+    """
+    size = lookup.settings.block_tokens
+    starts = blocks.clamp_min(0).flatten(2) * size
     keys, values = (
         memory.fetch(name, starts, size, query.dtype).to(query.device).view(*blocks.shape[:3], -1, query.shape[-1])
         for name in ("keys", "values")
-    )  # [B, Hkv, q, k size, d]
-    scores = torch.einsum("bhgqd,bhqtd->bhgqt", query, keys)
+    )
     tokens = blocks[..., None] * size + torch.arange(size, device=query.device)
-    tokens = tokens.masked_fill(blocks[..., None] < 0, -1).flatten(3)[:, :, None]
+    first, last = (limit[:, None, :, None, None] for limit in (lookup.first, lookup.last))
+    hidden = (blocks[..., None] < 0) | (tokens < first) | (tokens > last)
+    tokens = tokens.masked_fill(hidden, -1).flatten(3)[:, :, None]
+    scores = torch.einsum("bhgqd,bhqtd->bhgqt", query, keys)
     return scores.masked_fill(tokens < 0, -torch.inf), tokens, values[:, :, None]
-
-
-def _limits(lookup: Lookup, size: int) -> tuple[Tensor, Tensor]:
-    """First and last block of `size` tokens, [B or 1, q], that lie wholly among the tokens that may be recalled."""
-    return (lookup.first + size - 1) // size, (lookup.last + 1) // size - 1

@@ -14,15 +14,15 @@ class Recall:
     """The `top_k` best tokens, or blocks of tokens, between sinks and window join the softmax.
 
     Token mode, `block_tokens=1`, is that of LM-Infinite (arXiv 2308.16137, section 3.3): each query head chooses for
-    itself, by the very score that the token will have. Block mode chooses for all query heads that share a key head,
-    by two representative keys a block. Nothing is recalled until there are `top_k` tokens or blocks to choose from.
+    itself, by the very score that the token will have, once there are `top_k` tokens to choose from. Block mode chooses
+    for all query heads that share a key head, by two representative keys a block.
 
     Attributes:
         top_k: tokens (token mode) or blocks (block mode) that each query recalls.
         from_layer, to_layer: first layer that recalls, and the one after the last; None means all further layers.
         distance: distance in tokens at which recalled tokens appear; None means half the window.
         queries: the last so many queries of each forward recall, one in LM-Infinite; None means every query.
-        block_tokens: tokens of a block; a divisor of 4,096.
+        block_tokens: tokens of a block; a divisor of 4,096, and at most the window. Blocks count from the sinks.
         storage: where keys and values are kept: "device" (the model's), "cpu" (pinned where there is a GPU), "disk".
         folder: where the files of "disk" go; None means the system's temporary folder. They go with the cache.
         bits: 8 keeps keys and values in 8 bits with one scale for each token and head; None keeps them as they are.
