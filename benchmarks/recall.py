@@ -27,7 +27,6 @@ from longpatch import LambdaCache, Recall, convert_model
 from longpatch.evaluation.passkey import ANSWER_PREFIX, passkey_line
 from longpatch.models import load_model
 from longpatch.recall.blocks import BlockIndex
-from longpatch.recall.memory import Memory
 from longpatch.recall.settings import SEGMENT_TOKENS
 from longpatch.results import record, write_records
 
@@ -50,7 +49,7 @@ def parse_arguments():
     parser.add_argument("--window", type=int, help="local_branch (default: the training length)")
     parser.add_argument("--sinks", type=int, default=4, help="global_branch")
     parser.add_argument("--lengths", type=int, nargs="+", required=True, help="tokens of each prompt with its answer")
-    parser.add_argument("--depths", type=int, default=20, help="places of the key, evenly from start to end")
+    parser.add_argument("--depths", type=int, default=20, help="places of the key, evenly from the sinks to the end")
     parser.add_argument("--trials", type=int, default=10, help="trials at each depth, each in another stretch of text")
     parser.add_argument("--recall", nargs="+", default=["none", "default"], metavar="SETTINGS")
     parser.add_argument("--chunk", type=int, default=1024, help="tokens per forward")
@@ -66,26 +65,24 @@ def parse_arguments():
 class Snapshot:
     """The ring and the sinks of a cache, to come back to."""
 
-    layers: list[tuple]
+    length: int
+    layers: list[tuple[Tensor, Tensor]]
 
     @classmethod
     def of(cls, cache: LambdaCache) -> "Snapshot":
-        return cls([(x.keys.clone(), x.values.clone(), x.length, x.written, x.ring_start) for x in cache.layers])
+        layers = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers if layer.is_initialized]
+        return cls(cache.get_seq_length(), layers)
 
     def restore(self, cache: LambdaCache) -> None:
         """The memory is cut, or lengthened over what it still holds, to the same number of tokens."""
-        for layer, (keys, values, *counts) in zip(cache.layers, self.layers, strict=True):
-            layer.keys.copy_(keys)
-            layer.values.copy_(values)
-            layer.length, layer.written, layer.ring_start = counts
-        for memory in memories(cache):
-            memory.lengths = [cache.get_seq_length()]
+        cache.length.fill_(self.length)
+        cache.written.fill_(self.length)
+        for layer, (keys, values) in zip(cache.layers, self.layers, strict=True):
+            layer.keys, layer.values = keys.clone(), values.clone()
+        for memory in cache.memories():
+            memory.lengths = [self.length - cache.config.global_branch]
             if memory.index is not None:
                 memory.index.crop(0)
-
-
-def memories(cache: LambdaCache) -> list[Memory]:
-    return [layer.memory for layer in cache.layers if layer.memory is not None]
 
 
 class Haystack:
@@ -109,11 +106,12 @@ class Haystack:
         """Put `line` at token `start`; returns what `forget` needs to take it out again."""
         settings = self.model.longpatch.config
         reach = self.model.config.num_hidden_layers * settings.local_branch
-        stop = len(self.ids) if start < settings.global_branch else min(len(self.ids), start + len(line) + reach)
+        stop = min(len(self.ids), start + len(line) + reach)
+        first = start - settings.global_branch  # the memory leaves out the sinks
         kept = [
             (segment.tensors, {name: tensor.clone() for name, tensor in segment.tensors.items()})
-            for memory in memories(self.cache)
-            for _, _, segment in memory.pieces(start, stop - 1, SEGMENT_TOKENS)
+            for memory in self.cache.memories()
+            for _, _, segment in memory.pieces(first, first + stop - start - 1, SEGMENT_TOKENS)
         ]
         self.snapshots[start].restore(self.cache)
         self.read(self.cache, torch.cat((line, self.ids[start + len(line) : stop])))
@@ -144,7 +142,7 @@ def ask(model, cache: LambdaCache, question: Tensor, answer: Tensor, recall: Rec
     settings = model.longpatch.config
     convert_model(model, settings.local_branch, settings.global_branch, recall=recall or NOTHING)
     cache.config = model.longpatch.config
-    for memory in memories(cache):
+    for memory in cache.memories():
         if recall is not None and memory.settings.block_tokens != recall.block_tokens:
             memory.settings = recall
             memory.index = BlockIndex(memory) if recall.block_tokens > 1 else None
@@ -178,8 +176,10 @@ def main():
             first = rng.randrange(len(book) - size)
             bos = book.new_tensor([tokenizer.bos_token_id])
             ids = torch.cat((bos, book[first : first + size - 1]))
-            room = size - 1 - max(len(line) for line in lines)
-            starts = [1 + round(room * depth / max(1, arguments.depths - 1)) for depth in range(arguments.depths)]
+            room = size - max(len(line) for line in lines)
+            room -= arguments.sinks
+            parts = max(1, arguments.depths - 1)
+            starts = [arguments.sinks + round(room * depth / parts) for depth in range(arguments.depths)]
             convert_model(model, window, arguments.sinks, recall=NOTHING)
             haystack = Haystack(model, tokenizer, ids, starts, arguments.chunk)
             for depth, (line, start, answer) in enumerate(zip(lines, starts, answers, strict=True)):

@@ -56,29 +56,30 @@ def filled(model: LlamaForCausalLM, evicted: int, share: bool) -> LambdaCache:
     total = evicted + settings.local_branch + settings.global_branch
     model.base_model(torch.randint(0, 1000, (1, settings.local_branch + settings.slack)), past_key_values=cache)
     first = None
-    for layer in cache.layers:
-        layer.length = layer.written = total
-        if layer.memory is None:
-            continue
-        layer.memory.reset()
+    cache.length.fill_(total)
+    cache.written.fill_(total)
+    for memory in cache.memories():
+        memory.reset()
         if share and first is not None:
-            layer.memory.segments, layer.memory.lengths = first.segments, [total - settings.global_branch]
+            memory.segments, memory.lengths = first.segments, [total - settings.global_branch]
         else:
             for start in range(0, total - settings.global_branch, 4096):
                 count = min(4096, total - settings.global_branch - start)
-                layer.memory.append(*torch.randn(2, 1, 3, count, 64), [start])
-        first = first or layer.memory
+                memory.append(*torch.randn(2, 1, 3, count, 64), [start])
+        first = first or memory
     return cache
 
 
 @torch.no_grad()
-def step_ms(model: LlamaForCausalLM, cache: LambdaCache, steps: int) -> list[float]:
-    token, times = torch.ones(1, 1, dtype=torch.long), []
+def step_ms(arms: list[tuple[LlamaForCausalLM, LambdaCache]], steps: int) -> list[list[float]]:
+    """Milliseconds of decode steps of each (model, cache), taken in turns: a busy machine slows them alike."""
+    token, times = torch.ones(1, 1, dtype=torch.long), [[] for _ in arms]
     for _ in range(steps + 2):
-        began = time.perf_counter()
-        model(token, past_key_values=cache)
-        times.append(1000 * (time.perf_counter() - began))
-    return sorted(times[2:])  # the first step looks through all blocks once
+        for (model, cache), of_arm in zip(arms, times, strict=True):
+            began = time.perf_counter()
+            model(token, past_key_values=cache)
+            of_arm.append(1000 * (time.perf_counter() - began))
+    return [sorted(of_arm[2:]) for of_arm in times]  # the first step looks through all blocks once
 
 
 def main():
@@ -94,7 +95,7 @@ def main():
         model = model_of(layers, arguments.window, recall)
         for evicted in arguments.evicted:
             base_cache, cache = filled(plain, evicted, False), filled(model, evicted, share=mode == "blocks")
-            base, with_recall = step_ms(plain, base_cache, arguments.steps), step_ms(model, cache, arguments.steps)
+            base, with_recall = step_ms([(plain, base_cache), (model, cache)], arguments.steps)
             recalled = model.longpatch.recalled(cache)
             assert len(recalled) == layers  # every layer did recall
             assert all((tokens >= 0).any() for tokens in recalled.values())
