@@ -11,11 +11,13 @@ from .convert import (
     revert_model,
 )
 from .errors import LongpatchError
+from .recall import Recall
 
 __all__ = [
     "LambdaCache",
     "LambdaConfig",
     "LongpatchError",
+    "Recall",
     "convert_gpt_j_model",
     "convert_llama_model",
     "convert_model",

@@ -58,6 +58,11 @@ def prepare_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             padding = read_padding(mask, positions, padding or Padding(), past, count)
     assert padding is not None
     first_valid = padding.first_valid
+    recall = conversion.config.recall
+    if padding.right and recall is not None and recall.queries is not None:
+        raise LongpatchError(
+            "forward", ["right padding: the last queries of a row, which recall, are padding"], "Recall(queries=None)"
+        )
     if positions is None:
         positions = (torch.arange(count, device=inputs.device) + past)[None]
     sinks_cached, decodes, rotary = False, None, conversion.rotary
@@ -126,6 +131,8 @@ def check_cache(cache: Cache | None, base: Any) -> None:
         kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
         described = type(cache).__name__ + (f" of {', '.join(sorted(kinds))}" if kinds else "")
         raise LongpatchError("forward", [f"past_key_values is a {described}"], SUPPORTED_CACHES)
+    if base.longpatch.config.recall is not None:
+        raise LongpatchError("forward", ["past_key_values is a DynamicCache: recall needs a memory"], "LambdaCache")
     warnings.warn(
         "past_key_values is a DynamicCache, which grows with the text; for constant memory leave it out, or pass "
         "LambdaCache(model.config)",
