@@ -2,7 +2,7 @@
 
     python -m benchmarks.evaluations list
     python -m benchmarks.evaluations run BOOKS [NAME ...]     into benchmarks/results/evaluations/NAME.jsonl
-    python -m benchmarks.evaluations write                    docs/results.md and its pictures
+    python -m benchmarks.evaluations write                    docs/results.md
 
 BOOKS is a folder with five books of PG19's test split: 50031, 50797, 51355, 52654, 5274, as N.txt.
 """

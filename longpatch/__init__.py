@@ -12,12 +12,14 @@ from .convert import (
 )
 from .errors import LongpatchError
 from .temp_lora import TempLoraGenerator, temp_lora
+from .recall import Recall
 
 __all__ = [
     "LambdaCache",
     "LambdaConfig",
     "LongpatchError",
     "TempLoraGenerator",
+    "Recall",
     "convert_gpt_j_model",
     "convert_llama_model",
     "convert_model",

@@ -8,6 +8,7 @@ from longpatch_kernels import lambda_attention
 
 from .cache import LambdaCache
 from .errors import LongpatchError
+from .recall.join import join, passing_memory
 from .rope import rotate
 from .step import Step
 
@@ -77,6 +78,9 @@ def attend(
         implementation=config.implementation,
         **far,
     )
+    if config.recall is not None:
+        memory = passing_memory(key, value, step, settings) if layer is None else layer.memory
+        out, lse = join(out, lse, query, memory, step, settings, scaling, softcap, alibi_slopes)
     if s_aux is not None:
         out = (out * (lse - s_aux[:, None]).sigmoid()[..., None]).to(query.dtype)
     return out.transpose(1, 2).contiguous(), None

@@ -12,6 +12,7 @@ from .decode import Decode
 from .errors import LongpatchError
 from .layers import LayerSettings, layer_settings
 from .padding import Padding
+from .recall.memory import Memory
 from .rope import ExactRotary, rotate
 from .step import Step
 
@@ -36,6 +37,7 @@ class LambdaLayer(CacheLayerMixin):
         self.length, self.written, self.is_compileable = length, written, static
         self.ring_size = self.config.local_branch + self.config.slack
         self.ring_start = 0
+        self.memory = None if self.config.recall is None else Memory(self.config.recall, self.ring_size)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -86,6 +88,9 @@ class LambdaLayer(CacheLayerMixin):
             return self._decode(key_states, value_states, step, step.decodes[self.kind])
         past, count = step.past, key_states.shape[2]
         keys, values = key_states.detach(), value_states.detach()
+        if self.memory is not None:
+            turned = rotate(keys, step.lookup.key_phase) if self.rotated else keys
+            self.memory.append(turned, values, step.lookup.starts)
         differentiable = key_states.requires_grad or value_states.requires_grad
         in_ring = past > 0 and count <= self.config.slack + 1 and not differentiable
         window = None if in_ring or not past else self._window(past)
@@ -186,10 +191,19 @@ class LambdaLayer(CacheLayerMixin):
         if self.is_initialized:
             self.keys = self.keys.repeat_interleave(repeats, dim=0)
             self.values = self.values.repeat_interleave(repeats, dim=0)
+            if self.memory is not None:
+                self.memory.select(torch.arange(len(self.keys)) // repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
             self.keys, self.values = self.keys[indices], self.values[indices]
+            if self.memory is not None:
+                self.memory.select(indices)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.memory is not None and self.is_initialized:
+            self.memory.select(beam_idx)
 
 
 class LambdaCache(Cache):
@@ -199,6 +213,8 @@ class LambdaCache(Cache):
     generations and `crop` (exact for the last `slack` tokens). It grows up to this many bytes and no further::
 
         2 * layers * batch * key_value_heads * (2 * global_branch + local_branch + slack) * head_dim * bytes_per_number
+
+    With recall each layer also has a `longpatch.recall.memory.Memory`, which grows with the text.
 
     Layers that slide in a model that has full layers too hold their own `sliding_window + slack` tokens and no sinks.
 
@@ -219,6 +235,8 @@ class LambdaCache(Cache):
         if marker is None:
             raise LongpatchError("LambdaCache", ["config has no longpatch settings"], "the config of a converted model")
         self.config, self.static = LambdaConfig(**marker), static
+        if static and self.config.recall is not None:
+            raise LongpatchError("LambdaCache", ["static=True, but what recall remembers grows"], "static=False")
         # Tensors, so that a compiled graph can count; on the CPU, so that reading them waits for no GPU.
         self.length, self.written = torch.tensor(0), torch.tensor(0)
         settings = layer_settings(config, self.config)
@@ -252,9 +270,15 @@ class LambdaCache(Cache):
         dtype = self.layers[0].dtype
         return [Decode.create(kind, rotary, positions, past, written, first_valid, dtype) for kind in self.kinds]
 
+    def memories(self) -> list[Memory]:
+        """What the layers that recall remember."""
+        return [layer.memory for layer in self.layers if layer.memory is not None]
+
     def reads_shortly(self, count: int) -> bool:
         """Whether the next `count` tokens can take the short way of `Decode`, which has no gradients."""
         if count != 1 or torch.is_grad_enabled() or self.config.implementation != "auto":
+            return False
+        if self.config.recall is not None:
             return False
         layer = self.layers[0]
         if torch.compiler.is_compiling():
@@ -299,6 +323,8 @@ class LambdaCache(Cache):
                 f"up to {self.config.slack} tokens (LambdaConfig.slack)",
             )
         self.length -= count
+        for memory in self.memories():
+            memory.crop(count)
         if self.padding.first_valid is not None:
             self.padding = Padding(self.padding.first_valid.clamp_max(length - count), self.padding.right)
 
@@ -307,6 +333,8 @@ class LambdaCache(Cache):
         self.length.zero_()
         self.written.zero_()
         self.padding = Padding()
+        for memory in self.memories():
+            memory.reset()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)

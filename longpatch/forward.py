@@ -58,6 +58,11 @@ def prepare_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             padding = read_padding(mask, positions, padding or Padding(), past, count)
     assert padding is not None
     first_valid = padding.first_valid
+    recall = conversion.config.recall
+    if padding.right and recall is not None and recall.queries is not None:
+        raise LongpatchError(
+            "forward", ["right padding: the last queries of a row, which recall, are padding"], "Recall(queries=None)"
+        )
     if positions is None:
         positions = (torch.arange(count, device=inputs.device) + past)[None]
     sinks_cached, decodes, rotary = False, None, conversion.rotary
@@ -126,6 +131,8 @@ def check_cache(cache: Cache | None, base: Any) -> None:
         kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
         described = type(cache).__name__ + (f" of {', '.join(sorted(kinds))}" if kinds else "")
         raise LongpatchError("forward", [f"past_key_values is a {described}"], SUPPORTED_CACHES)
+    if base.longpatch.config.recall is not None:
+        raise LongpatchError("forward", ["past_key_values is a DynamicCache: recall needs a memory"], "LambdaCache")
     warnings.warn(
         "past_key_values is a DynamicCache, which grows with the text; for constant memory leave it out, or pass "
         "LambdaCache(model.config)",
@@ -149,6 +156,29 @@ def prepare_cache(model, generation_config, model_kwargs, generation_mode, batch
         type(model)._prepare_cache_for_generation(
             model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+
+def prepare_drafts(model: Any, **kwargs: Any) -> Any:
+    """Instance override of `_get_candidate_generator`: drafts that the cache could not take back are refused.
+
+    Raises:
+        LongpatchError: before the model has read anything.
+    """
+    slack, reasons = model.longpatch.config.slack, []
+    draft, assistant = kwargs["generation_config"].prompt_lookup_num_tokens, kwargs.get("assistant_model")
+    if assistant is not None:
+        draft, schedule = (
+            getattr(assistant.generation_config, name)
+            for name in ("num_assistant_tokens", "num_assistant_tokens_schedule")
+        )
+        if schedule in ("heuristic", "heuristic_transient"):
+            reasons.append(f"num_assistant_tokens_schedule={schedule!r} lets drafts grow without bound")
+    if draft is not None and draft > slack:
+        reasons.append(f"drafts of {draft} tokens are more than the cache can take back (slack={slack})")
+    if reasons:
+        supported = f"num_assistant_tokens or prompt_lookup_num_tokens up to {slack}, constant, or a larger slack"
+        raise LongpatchError("generate", reasons, supported)
+    return type(model)._get_candidate_generator(model, **kwargs)
 
 
 def prepare_mask(config, inputs_embeds, attention_mask, *args, is_first_iteration=False, **kwargs) -> Tensor | None:

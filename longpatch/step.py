@@ -8,6 +8,7 @@ from torch import Tensor
 from .config import LambdaConfig
 from .decode import Decode
 from .layers import LayerSettings
+from .recall.lookup import Lookup
 from .rope import ExactRotary, Phase, rotate
 
 
@@ -24,6 +25,7 @@ class Step:
     far_phase: Phase | None  # R(distance - position) of the new tokens; None where none of them sees a far sink
     written: int = 0  # the largest length the cache has held
     decodes: list[Decode] | None = None  # where one new token a row goes the short way: by `LambdaLayer.kind`
+    lookup: Lookup | None = None  # what recall needs
 
     @classmethod
     def create(
@@ -51,9 +53,13 @@ class Step:
             cached = positions[:, -1:] - (past + count - 1) + sink_columns
             sink_positions = torch.where(sink_columns < past, cached, positions.expand(rows, -1).gather(1, new))
             sink_phase = rotary.phase(-sink_positions)
+        lookup = None
+        if config.recall is not None:
+            sizes = config.local_branch, config.global_branch
+            lookup = Lookup.create(config.recall, *sizes, rotary, positions, int(past), first_valid)
         far = decodes is None and config.global_branch and past + count > config.local_branch
         far_phase = rotary.phase(config.distance - positions) if far else None
-        return cls(layers, past, count, first_valid, sink_columns, sink_phase, far_phase, written, decodes)
+        return cls(layers, past, count, first_valid, sink_columns, sink_phase, far_phase, written, decodes, lookup)
 
     @property
     def quarter_turn(self) -> Phase:
@@ -93,4 +99,5 @@ class Step:
             sink_phase=None if self.sink_phase is None else move_phase(self.sink_phase),
             far_phase=None if self.far_phase is None else move_phase(self.far_phase),
             decodes=None if self.decodes is None else [decode.to(device, non_blocking) for decode in self.decodes],
+            lookup=None if self.lookup is None else self.lookup.to(device, non_blocking),
         )

@@ -118,10 +118,10 @@ def test_two_processes_give_the_records_of_one(tmp_path):
         "--baseline", "original", "--bucket", "40",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     for out, words in (("one.jsonl", []), ("two.jsonl", launch)):
         command = [sys.executable, *words, *shared, "--out", str(tmp_path / out)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=180)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (read_records(tmp_path / name) for name in ("one.jsonl", "two.jsonl"))
     assert len(one) > 12

@@ -26,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> None:
     if find_spec("lm_eval") is None:
         raise LongpatchError("lm-eval", ["needs the package lm-eval"], EVAL_INSTALL)
-    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
     from ..evaluation.lm_eval import register
 

@@ -54,13 +54,16 @@ def _record(module, query, key, value, attention_mask, scaling=None, longpatch=N
     visible = columns <= places[:, None]
     if longpatch is not None:
         step, _ = longpatch
-        near = visible & (places[:, None] - columns < step.config.local_branch)
+        settings = step.layers[module.layer_idx]
+        config = settings.config
+        near = visible & (places[:, None] - columns < config.local_branch)
         logits = logits.masked_fill(~near, -math.inf)
-        if step.config.global_branch:
-            sinks, _, _ = step.sinks(key, value, first_column=0)
-            far_rows = rotate(query, step.far_phase)[0, :, places].float()
+        if config.global_branch:
+            sinks, _, _ = step.sinks(key, value, 0, settings.rotated)
+            far_query = rotate(query, step.far_phase) if settings.rotated else query
+            far_rows = far_query[0, :, places].float()
             far = scale * far_rows @ sinks[0].float().repeat_interleave(groups, 0).transpose(1, 2)
-            outside = places[:, None] - columns[: step.config.global_branch] >= step.config.local_branch
+            outside = places[:, None] - columns[: config.global_branch] >= config.local_branch
             logits = torch.cat((logits, far[..., : outside.shape[1]].masked_fill(~outside, -math.inf)), dim=-1)
         recorder.add(logits)
         return attend(module, query, key, value, attention_mask, scaling=scaling, longpatch=longpatch, **kwargs)

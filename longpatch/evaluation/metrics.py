@@ -55,7 +55,7 @@ def best(metric: Callable[[str, str], float], answer: str, references: Sequence[
 def rouge(answer: str, reference: str) -> dict[str, float]:
     """F-measure of rouge1, rouge2 and rougeL, with stemming, by rouge-score."""
     _need("rouge_score", "ROUGE")
-    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.rouge_scorer import RougeScorer  # pyright: ignore[reportMissingImports]
 
     scores = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(reference, answer)
     return {name: score.fmeasure for name, score in scores.items()}
@@ -64,7 +64,7 @@ def rouge(answer: str, reference: str) -> dict[str, float]:
 def bleu(answers: Sequence[str], references: Sequence[str], language: str = "en") -> float:
     """Corpus BLEU, 0 to 100, by sacrebleu; Chinese, Japanese and Korean by their own tokenisers."""
     _need("sacrebleu", "BLEU")
-    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.bleu import BLEU  # pyright: ignore[reportMissingImports]
 
     tokenise = {"zh": "zh", "ja": "char", "ko": "char"}.get(language, "13a")
     return BLEU(tokenize=tokenise).corpus_score(list(answers), [list(references)]).score
@@ -73,7 +73,7 @@ def bleu(answers: Sequence[str], references: Sequence[str], language: str = "en"
 def sentence_bleu(answer: str, reference: str, language: str = "en") -> float:
     """BLEU of one answer, 0 to 100, smoothed as sacrebleu does by default for sentences."""
     _need("sacrebleu", "BLEU")
-    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.bleu import BLEU  # pyright: ignore[reportMissingImports]
 
     tokenise = {"zh": "zh", "ja": "char", "ko": "char"}.get(language, "13a")
     return BLEU(tokenize=tokenise, effective_order=True).sentence_score(answer, [reference]).score

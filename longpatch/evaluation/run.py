@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
@@ -66,6 +67,11 @@ class Work:
     state: Path | None = None
 
 
+def process_state() -> PartialState:
+    """The processes of this run; without a CUDA device accelerate joins them only where it is told to use the CPU."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 Measure = Callable[[Arm, Sample, Work], Iterable[Measurement]]
 
 
@@ -95,7 +101,7 @@ class Run:
         them, the others an empty list. A journal beside `out` takes one line per finished sample, so that a killed run
         goes on where it was and ends with the same records.
         """
-        processes = PartialState()
+        processes = process_state()
         journal = Journal(self, arms, samples, processes.process_index)
         share = range(processes.process_index, len(samples), processes.num_processes)
         todo = [(arm, i) for arm in arms for i in share if (arm.label, i) not in journal.done]
@@ -123,7 +129,7 @@ class Run:
 
     def finish(self, records: list[dict[str, Any]]) -> None:
         """Write `records` to `out` and take the journals away; does nothing in processes other than the first."""
-        if self.out is None or not PartialState().is_main_process:
+        if self.out is None or not process_state().is_main_process:
             return
         write_records(self.out, records)
         for path in self.journals():
@@ -162,7 +168,7 @@ class Journal:
                 "--out", [f"{found[0]} is left from an unfinished run"], "--resume, another --out, or removing it"
             )
         self.done = self.everything(None)
-        PartialState().wait_for_everyone()
+        process_state().wait_for_everyone()
         run.out.parent.mkdir(parents=True, exist_ok=True)
         path = run.out.with_name(f"{run.out.name}.part{process}")
         if process >= len(found) or not path.exists():

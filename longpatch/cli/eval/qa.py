@@ -44,7 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
-    prompt: str = PROMPTS.get(arguments.prompt, arguments.prompt)
+    prompt = str(PROMPTS.get(arguments.prompt, arguments.prompt))
     missing = [part for part in ("{context}", "{question}") if part not in prompt]
     if missing:
         raise LongpatchError("--prompt", [f"has no {part}" for part in missing], ", ".join(PROMPTS))
