@@ -5,6 +5,8 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.15", "pyright>=1.1.400", "triton>=3.6"],
     "gguf": ["gguf>=0.10"],
+    "qlora": ["bitsandbytes>=0.46"],
+    "datasets": ["datasets>=3"],
     "triton": ["triton>=3.6"],
     "flash-attn": ["flash-attn>=2.7"],
     "xformers": ["xformers>=0.0.35"],
@@ -26,6 +28,8 @@ setup(
         "torch>=2.11",
         "transformers>=5.17,<6",
         "peft>=0.19",
+        "accelerate>=1.1",
+        "pyyaml>=6",
         "safetensors>=0.5",
         "einops>=0.8",
         "matplotlib>=3.9",

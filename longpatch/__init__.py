@@ -4,6 +4,7 @@ from .cache import LambdaCache
 from .config import LambdaConfig
 from .convert import convert_llama_model, convert_model, convert_yi_model, revert_model
 from .errors import LongpatchError
+from .interpolation import interpolate_rope, revert_rope
 
 __all__ = [
     "LambdaCache",
@@ -12,5 +13,7 @@ __all__ = [
     "convert_llama_model",
     "convert_model",
     "convert_yi_model",
+    "interpolate_rope",
     "revert_model",
+    "revert_rope",
 ]

@@ -3,12 +3,15 @@
 import copy
 import functools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from . import attention
+from .changes import Changes
 from .config import LambdaConfig
 from .errors import LongpatchError
 from .families import FAMILIES, supported_families
@@ -16,36 +19,14 @@ from .forward import prepare_cache, prepare_forward
 from .rope import ExactRotary
 
 Model = TypeVar("Model", bound=nn.Module)
-_MISSING = object()
 
 
-class Conversion:
+class Conversion(Changes):
     """What a conversion set up, and how to undo it; found on a converted model as `model.longpatch`."""
 
     def __init__(self, config: LambdaConfig, rotary: ExactRotary):
+        super().__init__()
         self.config, self.rotary = config, rotary
-        self._changes: list[tuple[Any, str, Any]] = []
-        self._hooks = []
-
-    def set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute, remembering what was there."""
-        instance_value = vars(owner).get(name, _MISSING)
-        if isinstance(owner, nn.Module) and name in owner._modules:
-            instance_value = owner._modules[name]
-        self._changes.append((owner, name, instance_value))
-        setattr(owner, name, value)
-
-    def hook(self, module: nn.Module, function) -> None:
-        self._hooks.append(module.register_forward_pre_hook(function, with_kwargs=True))
-
-    def undo(self) -> None:
-        for handle in self._hooks:
-            handle.remove()
-        for owner, name, value in reversed(self._changes):
-            if value is _MISSING:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, value)
 
     def __repr__(self) -> str:
         return f"Conversion({self.config})"
@@ -80,7 +61,7 @@ def convert_model(
     Raises:
         LongpatchError: listing every reason why the model or a setting cannot be converted; the model is untouched.
     """
-    causal = _unwrap(model)
+    causal = unwrap(model)
     reasons = _unsupported(causal)
     config = getattr(causal, "config", None)
     marker = getattr(config, "longpatch", None) or {}
@@ -123,13 +104,28 @@ def convert_yi_model(
 
 def revert_model(model: Model) -> Model:
     """Undo `convert_model`, bit for bit; a model that is not converted stays as it is. Returns the same instance."""
-    conversion = getattr(_unwrap(model), "longpatch", None)
+    conversion = getattr(unwrap(model), "longpatch", None)
     if isinstance(conversion, Conversion):
         conversion.undo()
     return model
 
 
-def _unwrap(model: Any) -> Any:
+@contextmanager
+def unconverted(model: Any) -> Iterator[None]:
+    """Inside the block the model is as it was before conversion; after it, it is converted with the same settings."""
+    causal = unwrap(model)
+    conversion = getattr(causal, "longpatch", None)
+    if not isinstance(conversion, Conversion):
+        yield
+        return
+    conversion.undo()
+    try:
+        yield
+    finally:
+        _convert(causal, conversion.config)
+
+
+def unwrap(model: Any) -> Any:
     """The transformers model inside a PeftModel."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

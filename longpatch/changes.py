@@ -1,0 +1,40 @@
+"""Changes to one model instance that can be taken back."""
+
+from typing import Any
+
+from torch import nn
+
+_MISSING = object()
+
+
+class Changes:
+    """Attributes set and hooks added on modules; `undo` puts everything back, in reverse.
+
+    Plain data and module-level functions, so that `deepcopy` and `pickle` of the model carry it along.
+    """
+
+    def __init__(self):
+        self._changes: list[tuple[Any, str, Any]] = []
+        self._hooks = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute, a submodule or a buffer, remembering what was there."""
+        before = vars(owner).get(name, _MISSING)
+        if isinstance(owner, nn.Module):
+            for kind in (owner._modules, owner._buffers):
+                before = kind.get(name, before)
+        self._changes.append((owner, name, before))
+        setattr(owner, name, value)
+
+    def hook(self, module: nn.Module, function) -> None:
+        """Add a forward pre-hook that takes and returns positional and keyword arguments."""
+        self._hooks.append(module.register_forward_pre_hook(function, with_kwargs=True))
+
+    def undo(self) -> None:
+        for handle in self._hooks:
+            handle.remove()
+        for owner, name, value in reversed(self._changes):
+            if value is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
