@@ -21,7 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     # kernels/ itself is not a package: transformers would mistake it for the PyPI package of that name.
-    packages=[*find_packages(include=["longpatch", "longpatch.*"]), "longpatch_kernels"],
+    packages=[*find_packages(include=["longpatch", "longpatch.*"]), *find_packages("kernels")],
     package_dir={"longpatch_kernels": "kernels/longpatch_kernels"},
     package_data={"longpatch.demo": ["model/*"]},
     install_requires=[

@@ -19,8 +19,8 @@ from time import perf_counter
 
 import torch
 
-from longpatch_kernels import tuning
 from longpatch_kernels.inputs import FarSegment, LambdaInputs
+from longpatch_kernels.triton import tuning
 
 CHIPS = {"sm80": ("ampere", 80), "sm86": ("small", 86), "sm90": ("hopper", 90)}
 SHARED_LIMIT = {"sm80": 166_912, "sm86": 101_376, "sm90": 232_448}  # bytes that one program may ask for
@@ -79,19 +79,19 @@ def example(dtype: torch.dtype, dim: int, queries: int, heads: int = 32, key_hea
 
 def launch(kernel: str, x: LambdaInputs):
     """Run the host code that launches one kernel."""
-    from longpatch_kernels import triton_decode, triton_far, triton_forward, triton_key, triton_query
+    from longpatch_kernels.triton import decode, far, forward, key, query
 
     lse = torch.empty(x.query.shape[:3], dtype=torch.float32, device="meta")
     if kernel == "forward":
-        triton_forward.forward(x)
+        forward.forward(x)
     elif kernel == "decode":
-        triton_decode.decode(x)
+        decode.decode(x)
     elif kernel == "query":
-        triton_query.query_grads(x, x.query, lse, lse)
+        query.query_grads(x, x.query, lse, lse)
     elif kernel == "key":
-        triton_key.key_grads(x, x.query, lse, lse)
+        key.key_grads(x, x.query, lse, lse)
     elif x.far is not None:
-        triton_far.far_grads(x, x.far, x.query, lse, lse)
+        far.far_grads(x, x.far, x.query, lse, lse)
 
 
 def variants(x: LambdaInputs) -> Iterator[tuple[str, LambdaInputs]]:

@@ -19,7 +19,8 @@ import torch
 
 from benchmarks.peers import PEERS
 from benchmarks.roofline import Shape, backward_flops, decode_bytes, forward_flops
-from longpatch_kernels import lambda_attention, tuning
+from longpatch_kernels import lambda_attention
+from longpatch_kernels.triton import tuning
 
 RESULTS = Path(__file__).parent / "results"
 PREFILL = [Shape(1, 32, 8, 128, 32_768, 4096, 10), Shape(1, 32, 8, 128, 131_072, 4096, 10)]

@@ -2,7 +2,14 @@
 
 from .cache import LambdaCache
 from .config import LambdaConfig
-from .convert import convert_llama_model, convert_model, convert_yi_model, revert_model
+from .convert import (
+    convert_gpt_j_model,
+    convert_llama_model,
+    convert_model,
+    convert_mpt_model,
+    convert_yi_model,
+    revert_model,
+)
 from .errors import LongpatchError
 from .interpolation import interpolate_rope, revert_rope
 
@@ -10,8 +17,10 @@ __all__ = [
     "LambdaCache",
     "LambdaConfig",
     "LongpatchError",
+    "convert_gpt_j_model",
     "convert_llama_model",
     "convert_model",
+    "convert_mpt_model",
     "convert_yi_model",
     "interpolate_rope",
     "revert_model",

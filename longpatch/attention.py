@@ -19,18 +19,23 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     longpatch: tuple[Step, LambdaCache | None] | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Λ-attention over rotated queries [B, Hq, n, d] and keys [B, Hkv, m, d], as AttentionInterface expects it.
 
     Keys come already rotated. Rotations compose: a query is brought to the distance of the sinks by R(D - position),
-    the sinks to position 0 by R(-position). Returns [B, n, Hq, d] and no weights.
+    the sinks to position 0 by R(-position). Learned sink logits `s_aux` [Hq] join the softmax as one more key per head
+    whose value is 0 (gpt-oss). Returns [B, n, Hq, d] and no weights.
     """
-    if longpatch is None:
+    shared = attention_mask if longpatch is None else longpatch  # see Family.drops_keywords
+    if shared is None:
         raise LongpatchError(
             f"{type(module).__name__}.forward", ["called outside the forward of its converted model"], "model(...)"
         )
@@ -38,30 +43,37 @@ def attend(
         raise LongpatchError(
             "forward", [f"attention dropout of {dropout}"], "config.attention_dropout = 0 while training"
         )
-    step, cache = longpatch
+    step, cache = shared
     layer = None if cache is None else cache.layers[module.layer_idx]
+    settings = step.layers[module.layer_idx]
+    config = settings.config
     oldest = step.past + step.count - key.shape[2]
     far = {}
-    if step.config.global_branch:
+    if config.global_branch:
         if layer is None:
-            key_far, value_far, _ = step.sinks(key, value, first_column=oldest)
+            key_far, value_far, _ = step.sinks(key, value, oldest, settings.rotated)
         else:
             key_far, value_far = layer.sinks(key, value, step)
         far = {
-            "query_far": rotate(query, step.far_phase),
+            "query_far": rotate(query, step.far_phase) if settings.rotated else query,
             "key_far": key_far,
             "value_far": value_far,
             "far_positions": step.sink_columns - oldest,
+            "far_distance": None if alibi_slopes is None else config.distance,
         }
-    out, _ = lambda_attention(
+    out, lse = lambda_attention(
         query,
         key,
         value,
-        window=step.config.local_branch,
+        window=config.local_branch,
         first_valid=None if step.first_valid is None else step.first_valid - oldest,
         ring_start=0 if layer is None else layer.ring_start,
         scale=scaling,
-        implementation=step.config.implementation,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        implementation=config.implementation,
         **far,
     )
+    if s_aux is not None:
+        out = (out * (lse - s_aux[:, None]).sigmoid()[..., None]).to(query.dtype)
     return out.transpose(1, 2).contiguous(), None

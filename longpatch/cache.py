@@ -1,5 +1,7 @@
 """The constant-memory cache of a converted model."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -7,6 +9,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .config import LambdaConfig
 from .errors import LongpatchError
+from .layers import LayerSettings, layer_settings
 from .padding import Padding
 from .step import Step
 
@@ -23,10 +26,10 @@ class LambdaLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, config: LambdaConfig):
+    def __init__(self, settings: LayerSettings):
         super().__init__()
-        self.config = config
-        self.ring_size = config.local_branch + config.slack
+        self.config, self.rotated = settings.config, settings.rotated
+        self.ring_size = self.config.local_branch + self.config.slack
         self.length = self.written = self.ring_start = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -76,7 +79,7 @@ class LambdaLayer(CacheLayerMixin):
         """
         if step.sink_phase is None or not (key.requires_grad or value.requires_grad):
             return self.sink_keys, self.sink_values
-        fresh_keys, fresh_values, present = step.sinks(key, value, first_column=self.length - key.shape[2])
+        fresh_keys, fresh_values, present = step.sinks(key, value, self.length - key.shape[2], self.rotated)
         present = present[:, None, :, None]
         return torch.where(present, fresh_keys, self.sink_keys), torch.where(present, fresh_values, self.sink_values)
 
@@ -86,7 +89,7 @@ class LambdaLayer(CacheLayerMixin):
     def _keep_sinks(self, keys: Tensor, values: Tensor, step: Step) -> None:
         if step.sink_phase is None or not self.config.global_branch:
             return
-        sink_keys, sink_values, present = step.sinks(keys, values, first_column=self.length)
+        sink_keys, sink_values, present = step.sinks(keys, values, self.length, self.rotated)
         present = present[:, None, :, None]
         self.sink_keys.copy_(torch.where(present, sink_keys, self.sink_keys))
         self.sink_values.copy_(torch.where(present, sink_values, self.sink_values))
@@ -149,6 +152,8 @@ class LambdaCache(Cache):
 
         2 * layers * batch * key_value_heads * (global_branch + local_branch + slack) * head_dim * bytes_per_number
 
+    Layers that slide in a model that has full layers too hold their own `sliding_window + slack` tokens and no sinks.
+
     Args:
         config: config of a converted model (`model.config`).
         offloading: keep the layers that do not run just now on the CPU.
@@ -164,7 +169,8 @@ class LambdaCache(Cache):
         if marker is None:
             raise LongpatchError("LambdaCache", ["config has no longpatch settings"], "the config of a converted model")
         self.config = LambdaConfig(**marker)
-        super().__init__([LambdaLayer(self.config) for _ in range(config.num_hidden_layers)], offloading=offloading)
+        layers: list[Any] = [LambdaLayer(settings) for settings in layer_settings(config, self.config)]
+        super().__init__(layers, offloading=offloading)
         self.padding = Padding()
         self._step: Step | None = None
 

@@ -14,19 +14,24 @@ from . import attention
 from .changes import Changes
 from .config import LambdaConfig
 from .errors import LongpatchError
-from .families import FAMILIES, supported_families
-from .forward import prepare_cache, prepare_forward
-from .rope import ExactRotary
+from .families import FAMILIES, reasons_against, supported_families
+from .families.gptj import convert_attention as convert_gptj_attention
+from .families.mpt import convert_attention as convert_mpt_attention
+from .forward import prepare_cache, prepare_forward, share_as_mask
+from .layers import LayerSettings, layer_settings, sliding_layers
+from .rope import ExactRotary, exact_rotary
 
 Model = TypeVar("Model", bound=nn.Module)
+CODE = {"mpt": convert_mpt_attention, "gptj": convert_gptj_attention}
 
 
 class Conversion(Changes):
     """What a conversion set up, and how to undo it; found on a converted model as `model.longpatch`."""
 
-    def __init__(self, config: LambdaConfig, rotary: ExactRotary):
+    def __init__(self, config: LambdaConfig, layers: tuple[LayerSettings, ...]):
         super().__init__()
-        self.config, self.rotary = config, rotary
+        self.config, self.layers = config, layers
+        self.rotary: ExactRotary  # phases of the layers that see sinks
 
     def __repr__(self) -> str:
         return f"Conversion({self.config})"
@@ -49,7 +54,9 @@ def convert_model(
 
     Args:
         model: a model of transformers, or a PeftModel around one.
-        local_branch: window in tokens. Default: what the model was saved with, else its `max_position_embeddings`.
+        local_branch: window in tokens. Default: what the model was saved with, else its `max_position_embeddings`, or
+            its `sliding_window` where every layer slides and that is less. A model that mixes sliding and full layers
+            keeps its sliding ones as they are.
         global_branch: number of first tokens that stay visible. Default: what the model was saved with, else 10.
         limit_distance: distance in tokens at which they appear; at least `local_branch`, its default.
         slack: tokens beyond the window that the cache can take back exactly, as assisted decoding needs.
@@ -63,12 +70,12 @@ def convert_model(
     """
     causal = unwrap(model)
     reasons = _unsupported(causal)
-    config = getattr(causal, "config", None)
+    config: Any = getattr(causal, "config", None)
     marker = getattr(config, "longpatch", None) or {}
     if local_branch is None and limit_distance is None:
         limit_distance = marker.get("limit_distance")
     if local_branch is None:
-        local_branch = int(marker.get("local_branch") or getattr(config, "max_position_embeddings", 0))
+        local_branch = int(marker.get("local_branch") or _trained_length(config))
     if global_branch is None:
         global_branch = int(marker.get("global_branch", 10))
     try:
@@ -77,6 +84,9 @@ def convert_model(
         raise LongpatchError("convert_model", reasons + error.reasons, supported_families()) from None
     if reasons:
         raise LongpatchError("convert_model", reasons, supported_families())
+    if all(sliding_layers(config)) and local_branch > config.sliding_window:
+        reason = f"local_branch={local_branch} is more than the sliding window that every layer was trained with"
+        raise LongpatchError("convert_model", [reason], f"up to {config.sliding_window}")
     if settings.global_branch > settings.local_branch / 4:
         warnings.warn(
             f"global_branch={settings.global_branch} is more than a quarter of local_branch={settings.local_branch}: "
@@ -99,6 +109,20 @@ def convert_yi_model(
     model: Model, local_branch: int | None = None, global_branch: int | None = None, **options
 ) -> Model:
     """`convert_model` for Yi, whose models are Llamas to transformers; see there."""
+    return convert_model(model, local_branch, global_branch, **options)
+
+
+def convert_mpt_model(
+    model: Model, local_branch: int | None = None, global_branch: int | None = None, **options
+) -> Model:
+    """`convert_model` for MPT (ALiBi: sinks appear at `limit_distance`), past `max_seq_len` too; see there."""
+    return convert_model(model, local_branch, global_branch, **options)
+
+
+def convert_gpt_j_model(
+    model: Model, local_branch: int | None = None, global_branch: int | None = None, **options
+) -> Model:
+    """`convert_model` for GPT-J, past `n_positions` too; see there."""
     return convert_model(model, local_branch, global_branch, **options)
 
 
@@ -133,11 +157,7 @@ def unwrap(model: Any) -> Any:
 def _unsupported(model: nn.Module) -> list[str]:
     if not isinstance(model, PreTrainedModel):
         return [f"model is a {type(model).__name__}, not a model of transformers"]
-    reasons = []
-    if model.config.is_encoder_decoder:
-        reasons.append("encoder-decoder models")
-    if model.config.model_type not in FAMILIES:
-        reasons.append(f"architecture {model.config.model_type!r}")
+    reasons = reasons_against(model.config)
     unloaded = [
         name
         for name, module in model.named_modules()
@@ -152,11 +172,17 @@ def _has_meta_parameters(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters(recurse=False))
 
 
+def _trained_length(config: Any) -> int:
+    family = FAMILIES.get(getattr(config, "model_type", ""))
+    if family is None:
+        return 0
+    length = getattr(config, family.length)
+    return min(length, config.sliding_window) if all(sliding_layers(config)) else length
+
+
 def _convert(model: PreTrainedModel, settings: LambdaConfig) -> None:
     base = model.base_model
-    family = FAMILIES[model.config.model_type]
-    rotary = ExactRotary(getattr(base, family.rotary), settings.local_branch)
-    conversion = Conversion(settings, rotary)
+    conversion = Conversion(settings, layer_settings(model.config, settings))
     AttentionInterface.register(attention.NAME, attention.attend)
     try:
         # Two models may share one config object, so this one gets a copy of its own.
@@ -165,13 +191,25 @@ def _convert(model: PreTrainedModel, settings: LambdaConfig) -> None:
         for module in model.modules():
             if vars(module).get("config") is shared:
                 conversion.set(module, "config", own)
-        model.set_attn_implementation(attention.NAME)
-        conversion.set(base, family.rotary, rotary)
+        convert_attention = CODE.get(own.model_type, _convert_interface)
+        conversion.rotary = convert_attention(model, conversion)
         for owner in {id(model): model, id(base): base}.values():
             conversion.set(owner, "longpatch", conversion)
-        conversion.hook(base, prepare_forward)
         if hasattr(model, "_prepare_cache_for_generation"):
             conversion.set(model, "_prepare_cache_for_generation", functools.partial(prepare_cache, model))
     except BaseException:
         conversion.undo()
         raise
+
+
+def _convert_interface(model: PreTrainedModel, conversion: Conversion) -> ExactRotary:
+    """Families that call their attention through `AttentionInterface` and hand keyword arguments down to it."""
+    base: Any = model.base_model
+    model.set_attn_implementation(attention.NAME)
+    family = FAMILIES[model.config.model_type]
+    module, rotary = exact_rotary(base.rotary_emb, conversion.config.local_branch, family.interleaved)
+    conversion.set(base, "rotary_emb", module)
+    conversion.hook(base, prepare_forward)
+    for layer in base.layers if family.drops_keywords else ():
+        conversion.hook(layer, share_as_mask)
+    return rotary

@@ -51,11 +51,17 @@ def prepare_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if positions is None:
         positions = torch.arange(past, past + count, device=inputs.device)[None]
     sinks_cached = own_cache is not None and own_cache.has_sinks()
-    step = Step.create(config, base.longpatch.rotary, positions, past, padding.first_valid, sinks_cached)
+    conversion = base.longpatch
+    step = Step.create(config, conversion.layers, conversion.rotary, positions, past, padding.first_valid, sinks_cached)
     if own_cache is not None:
         own_cache.begin(step, padding)
     kwargs |= {"position_ids": positions, "attention_mask": None, "longpatch": (step, own_cache)}
     return (), kwargs
+
+
+def share_as_mask(layer: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of layers that drop unknown keyword arguments but hand their mask down."""
+    return args, kwargs | {"attention_mask": kwargs.get("longpatch")}
 
 
 def _wants_cache(base: Any, use_cache: bool | None) -> bool:

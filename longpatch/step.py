@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .config import LambdaConfig
+from .layers import LayerSettings
 from .rope import ExactRotary, Phase, rotate
 
 
@@ -13,7 +14,7 @@ from .rope import ExactRotary, Phase, rotate
 class Step:
     """One forward over `count` new tokens that follow `past` cached ones. Columns count from the first cached token."""
 
-    config: LambdaConfig
+    layers: tuple[LayerSettings, ...]
     past: int
     count: int
     first_valid: Tensor | None  # [B]: column of each row's first token; None = 0 everywhere
@@ -25,6 +26,7 @@ class Step:
     def create(
         cls,
         config: LambdaConfig,
+        layers: tuple[LayerSettings, ...],
         rotary: ExactRotary,
         positions: Tensor,
         past: int,
@@ -45,20 +47,24 @@ class Step:
             sink_positions = torch.where(sink_columns < past, cached, positions.expand(rows, -1).gather(1, new))
             sink_phase = rotary.phase(-sink_positions)
         return cls(
-            config, past, count, first_valid, sink_columns, sink_phase, rotary.phase(config.distance - positions)
+            layers, past, count, first_valid, sink_columns, sink_phase, rotary.phase(config.distance - positions)
         )
 
-    def sinks(self, key: Tensor, value: Tensor, first_column: int) -> tuple[Tensor, Tensor, Tensor]:
+    def sinks(
+        self, key: Tensor, value: Tensor, first_column: int, rotated: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Pick the sinks out of keys and values [B, Hkv, m, d] whose first entry stands at `first_column`.
 
-        Returns keys turned back to position 0 and values, `[B, Hkv, G, d]`, and which were there, `[1 or B, G]`.
+        Returns keys, turned back to position 0 where they were `rotated`, and values, `[B, Hkv, G, d]`, and which were
+        there, `[1 or B, G]`.
         """
         assert self.sink_phase is not None
         column = self.sink_columns - first_column
         present = (column >= 0) & (column < key.shape[2])
         index = column.clamp(0, key.shape[2] - 1)[:, None, :, None]
         index = index.expand(len(key), key.shape[1], -1, key.shape[3])
-        return rotate(key.gather(2, index), self.sink_phase), value.gather(2, index), present
+        key, value = key.gather(2, index), value.gather(2, index)
+        return rotate(key, self.sink_phase) if rotated else key, value, present
 
     def to(self, device, non_blocking: bool = False) -> "Step":
         """The same step on another device: accelerate moves every argument of a layer that sits elsewhere."""
@@ -67,7 +73,7 @@ class Step:
             return tensor.to(device, non_blocking=non_blocking)
 
         def move_phase(phase: Phase) -> Phase:
-            return Phase(move(phase.cos), move(phase.sin))
+            return phase._replace(cos=move(phase.cos), sin=move(phase.sin))
 
         return replace(
             self,

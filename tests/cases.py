@@ -5,26 +5,29 @@ from hypothesis import strategies as st
 
 from longpatch_kernels import lambda_attention
 
-CASES = st.fixed_dictionaries(
-    {
-        "batch": st.integers(1, 3),
-        "key_heads": st.sampled_from([1, 2]),
-        "group": st.sampled_from([1, 2, 8]),
-        "head_dim": st.sampled_from([64, 100, 128]),
-        "queries": st.integers(1, 5) | st.integers(1, 300),
-        "cached": st.sampled_from([0, 0, 1, 7, 130]),
-        "window": st.integers(1, 9) | st.integers(1, 400),
-        "sinks": st.sampled_from([0, 1, 10]),
-        "extra_distance": st.sampled_from([0, 50]),
-        "ring": st.booleans(),
-        "padding": st.booleans(),
-        "far_mask": st.booleans(),
-        "softcap": st.sampled_from([None, 5.0]),
-        "alibi": st.booleans(),
-        "through_lse": st.booleans(),
-        "seed": st.integers(0, 2**31),
-    }
-)
+ALL = {
+    "batch": st.integers(1, 3),
+    "key_heads": st.sampled_from([1, 2]),
+    "group": st.sampled_from([1, 2, 8]),
+    "head_dim": st.sampled_from([64, 100, 128]),
+    "queries": st.integers(1, 5) | st.integers(1, 300),
+    "cached": st.sampled_from([0, 0, 1, 7, 130]),
+    "window": st.integers(1, 9) | st.integers(1, 400),
+    "sinks": st.sampled_from([0, 1, 10]),
+    "extra_distance": st.sampled_from([0, 50]),
+    "ring": st.sampled_from([None, None, int, torch.tensor]),
+    "padding": st.booleans(),
+    "far_mask": st.booleans(),
+    "softcap": st.sampled_from([None, 5.0]),
+    "alibi": st.booleans(),
+    "through_lse": st.booleans(),
+    "seed": st.integers(0, 2**31),
+}
+
+
+def cases(**changed):
+    """Random calls, some of ALL's properties drawn otherwise."""
+    return st.fixed_dictionaries(ALL | changed)
 
 
 def build(case, dtype):
@@ -41,7 +44,7 @@ def build(case, dtype):
         "key": normal(batch, key_heads, keys, case["head_dim"]),
         "value": normal(batch, key_heads, keys, case["head_dim"]),
         "window": case["window"],
-        "ring_start": keys // 2 if case["ring"] else 0,
+        "ring_start": case["ring"](keys // 2) if case["ring"] else 0,
         "softcap": case["softcap"],
     }
     if case["padding"]:

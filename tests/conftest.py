@@ -16,7 +16,7 @@ def import_interpreted_kernels():
     test_triton.py turns it on for its own tests alone.
     """
     os.environ["TRITON_INTERPRET"] = "1"
-    from longpatch_kernels import triton_backward, triton_decode, triton_forward  # noqa: F401
+    from longpatch_kernels.triton import backward, decode, forward  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
 

@@ -1,5 +1,6 @@
 """Every implementation of `lambda_attention` against the dense definition in float64: outputs and gradients."""
 
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -8,50 +9,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longpatch_kernels import blocked, explain, lambda_attention
-from longpatch_kernels.bands import block_queries
+from longpatch_kernels.blocked.bands import block_queries
 from longpatch_kernels.compiled import TENSORS
-from tests.cases import CASES, build, error, run
+from tests.cases import build, cases, error, run
 
 FAST = ["blocked"]  # the others have tests of their own
 
 
 # what runs in bands and in decode steps, up to sizes where the kernel's tiles, blocks and tails all occur
 PLAIN = {"softcap": st.none(), "alibi": st.just(False), "through_lse": st.just(False)}
-LONG = st.fixed_dictionaries(
-    {
-        "batch": st.sampled_from([1, 1, 2]),
-        "key_heads": st.sampled_from([1, 2]),
-        "group": st.sampled_from([1, 3]),
-        "head_dim": st.sampled_from([16, 64]),
-        "queries": st.integers(17, 2200),
-        "cached": st.sampled_from([0, 0, 1, 130, 1100]),
-        "window": st.sampled_from([40, 200, 768, 777, 1024]),
-        "sinks": st.sampled_from([0, 10]),
-        "extra_distance": st.just(0),
-        "ring": st.booleans(),
-        "padding": st.booleans(),
-        "far_mask": st.booleans(),
-        "seed": st.integers(0, 2**31),
-        **PLAIN,
-    }
+LONG = cases(
+    batch=st.sampled_from([1, 1, 2]),
+    group=st.sampled_from([1, 3]),
+    head_dim=st.sampled_from([16, 64]),
+    queries=st.integers(17, 2200),
+    cached=st.sampled_from([0, 0, 1, 130, 1100]),
+    window=st.sampled_from([40, 200, 768, 777, 1024]),
+    sinks=st.sampled_from([0, 10]),
+    **PLAIN,
 )
-STEP = st.fixed_dictionaries(
-    {
-        "batch": st.integers(1, 5),
-        "key_heads": st.sampled_from([1, 2, 3]),
-        "group": st.sampled_from([1, 2, 4]),
-        "head_dim": st.sampled_from([64, 128]),
-        "queries": st.sampled_from([1, 1, 1, 2, 4]),
-        "cached": st.sampled_from([1, 70, 2100, 9000]),
-        "window": st.sampled_from([1, 64, 2048]),
-        "sinks": st.sampled_from([0, 10]),
-        "extra_distance": st.just(0),
-        "ring": st.booleans(),
-        "padding": st.booleans(),
-        "far_mask": st.booleans(),
-        "seed": st.integers(0, 2**31),
-        **PLAIN,
-    }
+STEP = cases(
+    batch=st.integers(1, 5),
+    key_heads=st.sampled_from([1, 2, 3]),
+    group=st.sampled_from([1, 2, 4]),
+    head_dim=st.sampled_from([64, 128]),
+    queries=st.sampled_from([1, 1, 1, 2, 4]),
+    cached=st.sampled_from([1, 70, 2100, 9000]),
+    window=st.sampled_from([1, 64, 2048]),
+    sinks=st.sampled_from([0, 10]),
+    **PLAIN,
 )
 
 
@@ -74,15 +60,15 @@ def check_float32(implementation, case):
 
 
 @pytest.mark.parametrize("implementation", FAST)
-@given(case=CASES)
+@given(case=cases())
 def test_float32_equals_the_definition(implementation, case):
     check_float32(implementation, case)
 
 
-@pytest.mark.parametrize(("name", "cases", "examples"), [("banded", LONG, 12), ("decode", STEP, 25)])
-def test_each_cpu_algorithm_equals_the_definition(name, cases, examples):
+@pytest.mark.parametrize(("name", "drawn", "examples"), [("banded", LONG, 12), ("decode", STEP, 25)])
+def test_each_cpu_algorithm_equals_the_definition(name, drawn, examples):
     @settings(max_examples=examples)
-    @given(case=cases)
+    @given(case=drawn)
     def check(case):
         algorithm = getattr(blocked, name)
         with (
@@ -97,7 +83,7 @@ def test_each_cpu_algorithm_equals_the_definition(name, cases, examples):
 
 
 @pytest.mark.parametrize("implementation", FAST)
-@given(case=CASES)
+@given(case=cases())
 def test_bfloat16_is_as_good_as_the_dense_version(implementation, case):
     arguments = build(case, torch.bfloat16)
     expected = run(arguments, "reference", torch.float64, case["through_lse"])
@@ -204,10 +190,27 @@ def test_compile_as_one_graph_forward_and_backward():
             torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_a_compiled_step_serves_every_place_of_the_ring():
+    query, key, value = torch.randn(2, 4, 1, 16), *torch.randn(2, 2, 2, 40, 16)
+    attend = partial(lambda_attention, query, key, value, window=30)
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    step = torch.compile(lambda start: attend(ring_start=start), fullgraph=True, backend=backend)
+    for start in (0, 7, 39):
+        actual = step(torch.tensor(start))
+        assert len(graphs) == 1
+        torch.testing.assert_close(actual, attend(ring_start=start, implementation="reference"), atol=1e-5, rtol=1e-5)
+
+
 def test_the_operator_keeps_what_it_says_about_itself():
     call = long_call(40, 20)
     tensors = [call[name].requires_grad_() for name in TENSORS.split()[:6]]
-    extra = (call["far_positions"], None, None, call["first_valid"], None)
+    extra = (call["far_positions"], None, None, call["first_valid"], None, None)
     options = (20, 0, 0.25, None, "blocked")
     torch.library.opcheck(torch.ops.longpatch.lambda_attention.default, (*tensors, *extra, *options))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longpatch import convert_llama_model
-from longpatch.rope import ExactRotary
+from longpatch.rope import exact_rotary
 from tests.tiny import random_ids, read_in_chunks, tiny_llama
 
 ROPES = {
@@ -67,9 +67,9 @@ def test_attention_scaling_is_not_undone_with_the_phase():
 
 
 def test_phases_are_exact_to_a_billion():
-    rotary = ExactRotary(tiny_llama(head_dim=64).model.rotary_emb, 64)
+    rotary = exact_rotary(tiny_llama(head_dim=64).model.rotary_emb, 64)[1]
     position = torch.tensor([[123, 10**9 + 123]])
-    cos, sin = rotary.phase(position - torch.tensor([[0, 10**9]]))
+    cos, sin, _ = rotary.phase(position - torch.tensor([[0, 10**9]]))
     torch.testing.assert_close(cos[0, 0], cos[0, 1], atol=0, rtol=0)
     shift, far = rotary.phase(torch.tensor([[10**9]])), rotary.phase(torch.tensor([[10**9 + 123]]))
     difference = far.cos * shift.cos + far.sin * shift.sin  # cos(a - b)
@@ -82,7 +82,7 @@ def test_bfloat16_models_keep_exact_frequencies():
     """model.to(bfloat16) rounds the model's own inv_freq; the conversion computes it anew."""
     rounded = tiny_llama().to(torch.bfloat16)
     convert_llama_model(rounded, 20, 4)
-    exact = ExactRotary(tiny_llama().model.rotary_emb, 20)
+    _, exact = exact_rotary(tiny_llama().model.rotary_emb, 20)
     assert torch.equal(rounded.longpatch.rotary.frequencies, exact.frequencies)
     convert_llama_model(exact_then_cast := tiny_llama(), 20, 4)
     exact_then_cast.to(torch.bfloat16)

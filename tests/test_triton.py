@@ -7,19 +7,13 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.cases import build, error, run
+from tests.cases import build, cases, error, run
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from longpatch_kernels import (
-    lambda_attention,
-    not_supported_reasons,
-    triton_backward,
-    triton_decode,
-    triton_forward,
-    tuning,
-)
+from longpatch_kernels import lambda_attention, not_supported_reasons
 from longpatch_kernels.inputs import LambdaInputs
+from longpatch_kernels.triton import backward, decode, forward, tuning
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -27,24 +21,15 @@ DEVICE = "cuda" if GPU else "cpu"
 PHASES = (Phase.explicit, Phase.generate)  # shrinking a failure would take the interpreter many minutes
 
 # Tiles are 16 x 16 in the interpreter: a hundred tokens meet full, left, diagonal and ragged tiles.
-CASES = st.fixed_dictionaries(
-    {
-        "batch": st.sampled_from([1, 1, 2]),
-        "key_heads": st.sampled_from([1, 1, 2]),
-        "group": st.sampled_from([1, 2, 3]),
-        "head_dim": st.sampled_from([16, 20, 48]),
-        "queries": st.integers(1, 5) | st.integers(1, 60),
-        "cached": st.sampled_from([0, 0, 1, 7, 40]),
-        "window": st.integers(1, 9) | st.integers(1, 80),
-        "sinks": st.sampled_from([0, 1, 20]),
-        "extra_distance": st.sampled_from([0, 50]),
-        "ring": st.booleans(),
-        "padding": st.booleans(),
-        "far_mask": st.booleans(),
-        "softcap": st.sampled_from([None, 5.0]),
-        "alibi": st.booleans(),
-        "seed": st.integers(0, 2**31),
-    }
+CASES = cases(
+    batch=st.sampled_from([1, 1, 2]),
+    key_heads=st.sampled_from([1, 1, 2]),
+    group=st.sampled_from([1, 2, 3]),
+    head_dim=st.sampled_from([16, 20, 48]),
+    queries=st.integers(1, 5) | st.integers(1, 60),
+    cached=st.sampled_from([0, 0, 1, 7, 40]),
+    window=st.integers(1, 9) | st.integers(1, 80),
+    sinks=st.sampled_from([0, 1, 20]),
 )
 
 
@@ -77,7 +62,7 @@ def counting(function, counted):
 def calls(monkeypatch):
     """How often each kernel's host function ran."""
     counted = {}
-    for module, name in ((triton_forward, "forward"), (triton_decode, "decode"), (triton_backward, "backward")):
+    for module, name in ((forward, "forward"), (decode, "decode"), (backward, "backward")):
         monkeypatch.setattr(module, name, counting(getattr(module, name), counted))
     return counted
 
@@ -125,22 +110,23 @@ def test_bfloat16_is_as_good_as_its_rounding(case):
 
 BASE = {
     "batch": 2, "key_heads": 1, "group": 2, "head_dim": 16, "queries": 40, "cached": 10, "window": 20, "sinks": 3,
-    "extra_distance": 0, "ring": False, "padding": True, "far_mask": True, "softcap": None, "alibi": False, "seed": 1,
+    "extra_distance": 0, "ring": None, "padding": True, "far_mask": True, "softcap": None, "alibi": False, "seed": 1,
 }  # fmt: skip
 
 
 def test_which_kernels_run(calls):
     run(on_device(build(BASE | {"batch": 1, "queries": 70}, torch.float32)), "triton")
     assert calls == {"forward": 1, "backward": 1}
-    run(on_device(build(BASE | {"queries": 1, "ring": True}, torch.float32)), "triton")
+    run(on_device(build(BASE | {"queries": 1, "ring": int}, torch.float32)), "triton")
     assert calls == {"forward": 1, "decode": 1, "backward": 2}
 
 
-def test_decode_reads_the_ring_where_it_lies(monkeypatch):
+@pytest.mark.parametrize("ring", [int, torch.tensor])
+def test_decode_reads_the_ring_where_it_lies(monkeypatch, ring):
     def refuse(self):
         raise AssertionError("the ring was unrolled")
 
-    arguments = on_device(build(BASE | {"queries": 2, "ring": True, "cached": 31}, torch.float32))
+    arguments = on_device(build(BASE | {"queries": 2, "ring": ring, "cached": 31}, torch.float32))
     expected = lambda_attention(**arguments, implementation="reference")
     monkeypatch.setattr(LambdaInputs, "in_time_order", refuse)
     with torch.no_grad():

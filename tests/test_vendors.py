@@ -12,26 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longpatch_kernels import IMPLEMENTATIONS, lambda_attention, vendors
-from tests.cases import build, error, run
+from tests.cases import build, cases, error, run
 
-CASES = st.fixed_dictionaries(
-    {
-        "batch": st.integers(1, 2),
-        "key_heads": st.sampled_from([1, 2]),
-        "group": st.sampled_from([1, 3]),
-        "head_dim": st.sampled_from([16, 32]),
-        "queries": st.integers(1, 60),
-        "cached": st.sampled_from([0, 1, 30]),
-        "window": st.integers(1, 80),
-        "sinks": st.sampled_from([0, 1, 10]),
-        "extra_distance": st.just(0),
-        "ring": st.booleans(),
-        "padding": st.just(False),
-        "far_mask": st.booleans(),
-        "softcap": st.just(None),
-        "alibi": st.just(False),
-        "seed": st.integers(0, 2**31),
-    }
+CASES = cases(
+    batch=st.integers(1, 2),
+    group=st.sampled_from([1, 3]),
+    head_dim=st.sampled_from([16, 32]),
+    queries=st.integers(1, 60),
+    cached=st.sampled_from([0, 1, 30]),
+    window=st.integers(1, 80),
+    extra_distance=st.just(0),
+    padding=st.just(False),
+    softcap=st.just(None),
+    alibi=st.just(False),
 )
 
 
@@ -171,7 +164,7 @@ def test_flex_composes_exactly(case, softcap, alibi, padding):
 def test_gradient_without_a_gradient_of_the_lse(implementation):
     """The usual training step, where no extra columns are needed."""
     case = {"batch": 1, "key_heads": 1, "group": 3, "head_dim": 16, "queries": 40, "cached": 0, "window": 9, "sinks": 4}
-    case |= {"extra_distance": 0, "ring": False, "padding": False, "far_mask": False, "softcap": None, "alibi": False}
+    case |= {"extra_distance": 0, "ring": None, "padding": False, "far_mask": False, "softcap": None, "alibi": False}
     arguments = build(case | {"seed": 3}, torch.float32)
     gradients = []
     for name in (implementation, "reference"):
@@ -209,7 +202,7 @@ def test_the_library_itself(name):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     case = {"batch": 2, "key_heads": 2, "group": 4, "head_dim": 64, "queries": 300, "cached": 0, "window": 90}
-    case |= {"sinks": 10, "extra_distance": 0, "ring": False, "padding": False, "far_mask": False, "softcap": None}
+    case |= {"sinks": 10, "extra_distance": 0, "ring": None, "padding": False, "far_mask": False, "softcap": None}
     arguments = build(case | {"alibi": False, "seed": 5}, torch.bfloat16)
     arguments = {n: v.cuda() if torch.is_tensor(v) else v for n, v in arguments.items()}
     checked = {n: v.requires_grad_() if torch.is_tensor(v) else v for n, v in arguments.items()}

@@ -20,7 +20,7 @@ def lambda_attention(
     far_positions: Tensor | None = None,
     far_mask: Tensor | None = None,
     first_valid: Tensor | None = None,
-    ring_start: int = 0,
+    ring_start: int | Tensor = 0,
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
     far_distance: float | Tensor | None = None,
@@ -43,7 +43,8 @@ def lambda_attention(
 
     Args:
         query: `[B, Hq, n, d]`, key and value: `[B, Hkv, m, d]`; Hq is a multiple of Hkv; m >= n. `key` is in time
-            order, wrapping at `ring_start`: its oldest entry is `key[:, :, ring_start]`.
+            order, wrapping at `ring_start`: its oldest entry is `key[:, :, ring_start]`. As an integer tensor of one
+            element it is not checked, and a decode step then has the same shapes and constants every time.
         window: number of most recent keys each query sees, itself included.
         query_far: `[B, Hq, n, d]`, key_far and value_far: `[B, Hkv, f, d]`. A far key is seen once its position
             (`far_positions`, `[f]` or `[B, f]`, may be negative, default 0..f-1) has left the query's window and

@@ -9,7 +9,10 @@ from torch import Tensor
 from .implementations import IMPLEMENTATIONS
 from .inputs import FarSegment, LambdaInputs
 
-TENSORS = "query key value query_far key_far value_far far_positions far_mask far_distance first_valid alibi_slopes"
+TENSORS = (
+    "query key value query_far key_far value_far far_positions far_mask far_distance first_valid alibi_slopes "
+    "ring_tensor"
+)
 _SIGNATURE = (
     ", ".join(f"Tensor{'?' * (index > 2)} {name}" for index, name in enumerate(TENSORS.split()))
     + ", SymInt window, SymInt ring_start, float scale, float? softcap, str implementation"
@@ -20,15 +23,19 @@ def run(x: LambdaInputs, implementation: str) -> tuple[Tensor, Tensor]:
     """What `implementation` returns for `x`, the output with strides of [B, n, Hq, d]."""
     far = x.far
     extra = (None, None, None) if far is None else (far.positions, far.mask, far.distance)
-    options = (x.window, x.ring_start, x.scale, x.softcap, implementation)
-    return torch.ops.longpatch.lambda_attention(*x.tensors, *extra, x.first_valid, x.alibi_slopes, *options)
+    ring_tensor, ring_start = (x.ring_start, 0) if isinstance(x.ring_start, Tensor) else (None, x.ring_start)
+    options = (x.window, ring_start, x.scale, x.softcap, implementation)
+    return torch.ops.longpatch.lambda_attention(
+        *x.tensors, *extra, x.first_valid, x.alibi_slopes, ring_tensor, *options
+    )
 
 
 def _inputs(arguments: tuple) -> LambdaInputs:
-    tensors, (positions, mask, distance, first_valid, slopes) = arguments[:6], arguments[6:11]
-    window, ring_start, scale, softcap, _ = arguments[11:]
+    tensors, (positions, mask, distance, first_valid, slopes, ring_tensor) = arguments[:6], arguments[6:12]
+    window, ring_start, scale, softcap, _ = arguments[12:]
     query, key, value, query_far, key_far, value_far = tensors
     far = None if query_far is None else FarSegment(query_far, key_far, value_far, positions, mask, distance)
+    ring_start = ring_start if ring_tensor is None else ring_tensor
     return LambdaInputs(query, key, value, window, far, first_valid, ring_start, scale, slopes, softcap)
 
 
@@ -64,14 +71,14 @@ def _(*arguments):
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.options = inputs[11:]
-    ctx.save_for_backward(*inputs[:11], *output)
+    ctx.options = inputs[12:]
+    ctx.save_for_backward(*inputs[:12], *output)
 
 
 def _differentiate(ctx, grad_out, grad_lse):
     *tensors, out, lse = ctx.saved_tensors
     grads = iter(torch.ops.longpatch.lambda_attention_backward(*tensors, *ctx.options, out, lse, grad_out, grad_lse))
-    return *(None if t is None else next(grads) for t in tensors[:6]), *[None] * 10
+    return *(None if t is None else next(grads) for t in tensors[:6]), *[None] * 11
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -6,11 +6,11 @@ the forward's results suffice for it, `gradients(inputs, out, lse, grad_out, gra
 
 from typing import Any
 
-from . import blocked, reference, triton_attention
+from . import blocked, reference, triton
 from .inputs import LambdaInputs
 from .vendors import VENDORS
 
-IMPLEMENTATIONS: dict[str, Any] = {"triton": triton_attention, "blocked": blocked, **VENDORS, "reference": reference}
+IMPLEMENTATIONS: dict[str, Any] = {"triton": triton, "blocked": blocked, **VENDORS, "reference": reference}
 AUTO = ("triton", "blocked")  # best first
 
 

@@ -34,7 +34,7 @@ class LambdaInputs:
     window: int
     far: FarSegment | None
     first_valid: Tensor | None  # [B]
-    ring_start: int
+    ring_start: int | Tensor
     scale: float
     alibi_slopes: Tensor | None  # [Hq]
     softcap: float | None
@@ -58,16 +58,34 @@ class LambdaInputs:
         far = (None, None, None) if self.far is None else (self.far.query, self.far.key, self.far.value)
         return self.query, self.key, self.value, *far
 
+    @property
+    def wraps(self) -> bool:
+        """Whether the keys may begin elsewhere than at index 0; a tensor is not looked into."""
+        return isinstance(self.ring_start, Tensor) or self.ring_start != 0
+
+    def time_index(self, index: Tensor) -> Tensor:
+        """Positions of the keys stored at `index`."""
+        return (index - self.ring_start) % self.key_count if self.wraps else index
+
     def with_tensors(self, query, key, value, query_far, key_far, value_far) -> "LambdaInputs":
         far = self.far and replace(self.far, query=query_far, key=key_far, value=value_far)
         return replace(self, query=query, key=key, value=value, far=far)
 
     def in_time_order(self) -> "LambdaInputs":
         """The same call with the ring unrolled, at the price of a copy of the keys and values."""
-        if self.ring_start == 0:
+        if not self.wraps:
             return self
-        key, value = (t.roll(-self.ring_start, dims=2) for t in (self.key, self.value))
+        start = int(self.ring_start)
+        key, value = (t.roll(-start, dims=2) for t in (self.key, self.value))
         return replace(self, key=key, value=value, ring_start=0)
+
+    def as_stored(self, gradients: Gradients) -> Gradients:
+        """Gradients of `in_time_order()`'s tensors as those of this call's."""
+        if not self.wraps:
+            return gradients
+        query, key, value, *far = gradients
+        key, value = (None if grad is None else grad.roll(int(self.ring_start), dims=2) for grad in (key, value))
+        return query, key, value, *far
 
 
 def computing_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -87,7 +105,7 @@ def checked_inputs(
     far_positions: Tensor | None = None,
     far_mask: Tensor | None = None,
     first_valid: Tensor | None = None,
-    ring_start: int = 0,
+    ring_start: int | Tensor = 0,
     scale: float | None = None,
     alibi_slopes: Tensor | None = None,
     far_distance: float | Tensor | None = None,
@@ -116,7 +134,10 @@ def checked_inputs(
         reasons.append(f"{queries} queries but {keys} keys: every query's own key must be among the keys")
     if window < 1:
         reasons.append(f"window is {window}, must be at least 1")
-    if keys and not 0 <= ring_start < keys:
+    if isinstance(ring_start, Tensor):
+        if ring_start.numel() != 1 or ring_start.is_floating_point():
+            reasons.append(f"ring_start is a {ring_start.dtype} tensor {list(ring_start.shape)}, expected one integer")
+    elif keys and not 0 <= ring_start < keys:
         reasons.append(f"ring_start is {ring_start}, must lie in [0, {keys})")
     far = None
     if query_far is not None and key_far is not None and value_far is not None:

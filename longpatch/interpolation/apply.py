@@ -139,6 +139,8 @@ def _replace_rotary(model: Any, changes: Changes) -> None:
 
 
 def _replace_tables(model: Any, settings: Interpolation, changes: Changes) -> None:
+    rotary_dim = model.config.rotary_dim or model.config.hidden_size
+    changes.set(model.base_model, "interpolated", gptj_frequencies(settings, rotary_dim))  # conversion reads this
     for module in model.modules():
         if "embed_positions" in module._buffers:
             table = _table(settings, module.pos_embd_dim).to(module.embed_positions)

@@ -110,6 +110,17 @@ def load_tile(
 
 
 @triton.jit
+def load_pair(
+    first, second, batch, head, start, stop, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHECKED: tl.constexpr, TMA: tl.constexpr = False,
+):  # fmt: skip
+    """The same rows of two tensors: keys and values, or queries and the gradients of their outputs."""
+    left = load_tile(first, batch, head, start, stop, BLOCK, DIM, BLOCK_D, CHECKED, TMA)
+    right = load_tile(second, batch, head, start, stop, BLOCK, DIM, BLOCK_D, CHECKED, TMA)
+    return left, right
+
+
+@triton.jit
 def store_tile(
     rows, batch, head, start, stop, tile, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
@@ -131,6 +142,12 @@ def load_slope(rule, head):
         return tl.load(rule.slopes + head)
     else:
         return 0.0
+
+
+@triton.jit
+def window_rules(position, index, window, first_valid):
+    """Which keys `index` queries at `position` see, and their distances; what is not used is not compiled."""
+    return window_visible(position, index, window, first_valid), (position - index).to(tl.float32)
 
 
 @triton.jit

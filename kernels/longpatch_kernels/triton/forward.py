@@ -5,20 +5,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..inputs import LambdaInputs
 from . import pack, tuning
-from .inputs import LambdaInputs
 from .tiles import (
     LN2,
     attend,
     far_rules,
     keys_of_queries,
     load_first_valid,
+    load_pair,
     load_slope,
     load_tile,
     store_tile,
     tile_count,
     tile_start,
-    window_visible,
+    window_rules,
 )
 
 
@@ -31,17 +32,10 @@ def attend_window(
     """Either the tiles that need the mask or those that do not."""
     for tile in tl.range(0, tile_count(bounds, BLOCK_N, MASKED)):
         start = tile_start(tile, bounds, BLOCK_N, MASKED)
-        key_tile = load_tile(key, batch, key_head, start, keys, BLOCK_N, DIM, BLOCK_D, MASKED, TMA)
-        value_tile = load_tile(value, batch, key_head, start, keys, BLOCK_N, DIM, BLOCK_D, MASKED, TMA)
-        index = start + tl.arange(0, BLOCK_N)[None, :]
-        visible = None
-        if MASKED:
-            visible = window_visible(position, index, window, valid)
-        distance = 0.0
-        if rule.slopes is not None:
-            distance = (position - index).to(tl.float32)
+        tiles = load_pair(key, value, batch, key_head, start, keys, BLOCK_N, DIM, BLOCK_D, MASKED, TMA)
+        visible, distance = window_rules(position, start + tl.arange(0, BLOCK_N)[None, :], window, valid)
         maximum, total, accumulated = attend(
-            maximum, total, accumulated, query, key_tile, value_tile, visible, distance, slope, rule, MASKED, PRECISION
+            maximum, total, accumulated, query, tiles[0], tiles[1], visible, distance, slope, rule, MASKED, PRECISION
         )
     return maximum, total, accumulated
 
@@ -66,12 +60,11 @@ def forward_kernel(
     if FAR:
         block = load_tile(far.query, batch, head, start_row, queries, BLOCK_M, DIM, BLOCK_D, True)
         for start in tl.range(0, far.count, BLOCK_F):
-            key_tile = load_tile(far.key, batch, key_head, start, far.count, BLOCK_F, DIM, BLOCK_D, True)
-            value_tile = load_tile(far.value, batch, key_head, start, far.count, BLOCK_F, DIM, BLOCK_D, True)
+            tiles = load_pair(far.key, far.value, batch, key_head, start, far.count, BLOCK_F, DIM, BLOCK_D, True)
             index = (start + tl.arange(0, BLOCK_F))[None, :]
             visible, distance = far_rules(far, batch, head, row[:, None], position, index, queries, window)
             maximum, total, accumulated = attend(
-                maximum, total, accumulated, block, key_tile, value_tile, visible, distance, slope, rule, True,
+                maximum, total, accumulated, block, tiles[0], tiles[1], visible, distance, slope, rule, True,
                 PRECISION,
             )  # fmt: skip
     block = load_tile(query, batch, head, start_row, queries, BLOCK_M, DIM, BLOCK_D, True)

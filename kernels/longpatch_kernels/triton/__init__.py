@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .inputs import LambdaInputs
+from ..inputs import LambdaInputs
 
 LARGEST_HEAD = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -53,7 +53,7 @@ def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
 
 def run(inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
     """Head sizes that 16 does not divide cost a padded copy: their rows cannot be read in whole vectors."""
-    from . import triton_decode
+    from . import decode
 
     x = inputs
     if x.far is not None and x.far.key.shape[2] == 0:
@@ -62,7 +62,7 @@ def run(inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
     if dim % 16:
         x = x.with_tensors(*(None if t is None else pad(t, (0, -dim % 16)) for t in x.tensors))
     wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in x.tensors)
-    if wants_gradient or not triton_decode.packs(x):
+    if wants_gradient or not decode.packs(x):
         x = x.in_time_order()
     out, lse = _TritonAttention.apply(*x.tensors, x)
     return out[..., :dim], lse
@@ -71,14 +71,14 @@ def run(inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
 class _TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, query_far, key_far, value_far, inputs: LambdaInputs):
-        from . import triton_decode, triton_forward
+        from . import decode, forward
 
         if query.numel() == 0:
             out, lse = torch.empty_like(query), torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-        elif triton_decode.packs(inputs):
-            out, lse = triton_decode.decode(inputs)
+        elif decode.packs(inputs):
+            out, lse = decode.decode(inputs)
         else:
-            out, lse = triton_forward.forward(inputs)
+            out, lse = forward.forward(inputs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, query_far, key_far, value_far, out, lse)
         ctx.inputs = inputs.with_tensors(*[None] * 6)  # autograd keeps the tensors
@@ -86,11 +86,11 @@ class _TritonAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
-        from . import triton_backward
+        from . import backward
 
         *tensors, out, lse = ctx.saved_tensors
         x = ctx.inputs.with_tensors(*tensors)
         if out.numel() == 0:
             return *(None if tensor is None else torch.zeros_like(tensor) for tensor in tensors), None
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        return *triton_backward.backward(x, out, lse, grad_out, grad_lse), None
+        return *backward.backward(x, out, lse, grad_out, grad_lse), None

@@ -5,20 +5,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..inputs import LambdaInputs
 from . import pack, tuning
-from .inputs import LambdaInputs
 from .tiles import (
     differentiate,
     far_rules,
     keys_of_queries,
     load_first_valid,
     load_lse,
+    load_pair,
     load_slope,
     load_tile,
     store_tile,
     tile_count,
     tile_start,
-    window_visible,
+    window_rules,
 )
 
 
@@ -43,17 +44,10 @@ def accumulate_window(
     """Either the tiles that need the mask or those that do not."""
     for tile in tl.range(0, tile_count(bounds, BLOCK_N, MASKED)):
         start = tile_start(tile, bounds, BLOCK_N, MASKED)
-        key_tile = load_tile(key, batch, key_head, start, keys, BLOCK_N, DIM, BLOCK_D, MASKED, TMA)
-        value_tile = load_tile(value, batch, key_head, start, keys, BLOCK_N, DIM, BLOCK_D, MASKED, TMA)
-        index = start + tl.arange(0, BLOCK_N)[None, :]
-        visible = None
-        if MASKED:
-            visible = window_visible(position, index, window, valid)
-        distance = 0.0
-        if rule.slopes is not None:
-            distance = (position - index).to(tl.float32)
+        tiles = load_pair(key, value, batch, key_head, start, keys, BLOCK_N, DIM, BLOCK_D, MASKED, TMA)
+        visible, distance = window_rules(position, start + tl.arange(0, BLOCK_N)[None, :], window, valid)
         grad = accumulate(
-            grad, query, grad_out, lse, delta, key_tile, value_tile, visible, distance, slope, rule, MASKED, PRECISION
+            grad, query, grad_out, lse, delta, tiles[0], tiles[1], visible, distance, slope, rule, MASKED, PRECISION
         )
     return grad
 
@@ -79,12 +73,11 @@ def query_kernel(
         block = load_tile(far.query, batch, head, start_row, queries, BLOCK_M, DIM, BLOCK_D, True)
         grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start in tl.range(0, far.count, BLOCK_F):
-            key_tile = load_tile(far.key, batch, key_head, start, far.count, BLOCK_F, DIM, BLOCK_D, True)
-            value_tile = load_tile(far.value, batch, key_head, start, far.count, BLOCK_F, DIM, BLOCK_D, True)
+            tiles = load_pair(far.key, far.value, batch, key_head, start, far.count, BLOCK_F, DIM, BLOCK_D, True)
             index = (start + tl.arange(0, BLOCK_F))[None, :]
             visible, distance = far_rules(far, batch, head, row[:, None], position, index, queries, window)
             grad = accumulate(
-                grad, block, upstream, row_lse, row_delta, key_tile, value_tile, visible, distance, slope, rule, True,
+                grad, block, upstream, row_lse, row_delta, tiles[0], tiles[1], visible, distance, slope, rule, True,
                 PRECISION,
             )  # fmt: skip
         store_tile(grad_query_far, batch, head, start_row, queries, grad * rule.scale, BLOCK_M, DIM, BLOCK_D)

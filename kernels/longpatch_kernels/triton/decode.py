@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..inputs import LambdaInputs
 from . import pack, tuning
-from .inputs import LambdaInputs
-from .tiles import LN2, LOG2E, attend, far_rules, load_first_valid, load_slope, load_tile, start_of, window_visible
+from .tiles import LN2, LOG2E, attend, far_rules, load_first_valid, load_pair, load_slope, start_of, window_rules
 
 
 @triton.jit
@@ -31,8 +31,8 @@ def gather_rows(pointer, stride, row, exists, DIM: tl.constexpr, BLOCK_D: tl.con
 @triton.jit(do_not_specialize=["queries", "keys", "window", "group", "ring_start", "oldest", "chunk"])
 def decode_kernel(
     query, key, value, far, rule, out, lse, first_valid, queries, keys, window, group, ring_start, oldest, chunk,
-    FAR: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
+    FAR: tl.constexpr, LOAD_START: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One share of the keys, `chunk` of them from position `oldest + split * chunk` on; the far keys go to split 0."""
     split, key_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -52,15 +52,17 @@ def decode_kernel(
         if split == 0:
             block = gather_queries(far.query, batch, head, row, inside, BLOCK_D)
             for start in tl.range(0, far.count, BLOCK_F):
-                key_tile = load_tile(far.key, batch, key_head, start, far.count, BLOCK_F, DIM, BLOCK_D, True)
-                value_tile = load_tile(far.value, batch, key_head, start, far.count, BLOCK_F, DIM, BLOCK_D, True)
+                tiles = load_pair(far.key, far.value, batch, key_head, start, far.count, BLOCK_F, DIM, BLOCK_D, True)
                 index = (start + tl.arange(0, BLOCK_F))[None, :]
                 visible, distance = far_rules(far, batch, head[:, None], row[:, None], position, index, queries, window)
                 maximum, total, accumulated = attend(
-                    maximum, total, accumulated, block, key_tile, value_tile, visible, distance, slope, rule, True,
+                    maximum, total, accumulated, block, tiles[0], tiles[1], visible, distance, slope, rule, True,
                     PRECISION,
                 )  # fmt: skip
 
+    first_slot = ring_start
+    if LOAD_START:
+        first_slot = tl.load(ring_start).to(tl.int32)
     block = gather_queries(query, batch, head, row, inside, BLOCK_D)
     key_start, value_start = start_of(key, batch, key_head), start_of(value, batch, key_head)
     begin = oldest + split * chunk
@@ -68,14 +70,12 @@ def decode_kernel(
     for start in tl.range(tl.maximum(begin, valid), stop, BLOCK_N):
         index = start + tl.arange(0, BLOCK_N)
         exists = index < stop
-        slot = index + ring_start
+        slot = index + first_slot
         slot = tl.where(slot >= keys, slot - keys, slot)
         key_tile = gather_rows(key_start, key.row, slot, exists, DIM, BLOCK_D)
         value_tile = gather_rows(value_start, value.row, slot, exists, DIM, BLOCK_D)
-        visible = window_visible(position, index[None, :], window, valid) & exists[None, :]
-        distance = 0.0
-        if rule.slopes is not None:
-            distance = (position - index[None, :]).to(tl.float32)
+        visible, distance = window_rules(position, index[None, :], window, valid)
+        visible &= exists[None, :]
         maximum, total, accumulated = attend(
             maximum, total, accumulated, block, key_tile, value_tile, visible, distance, slope, rule, True, PRECISION
         )
@@ -139,7 +139,8 @@ def decode(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     decode_kernel[(splits, key_heads, batch)](
         *(pack.rows(t) for t in (x.query, x.key, x.value)),
         far, pack.rule(x), partial, partial_lse, x.first_valid, queries, keys, x.window, x.group, x.ring_start,
-        oldest, chunk, FAR=x.far is not None, DIM=dim, **constants, **tuning.launch_options(x, config),
+        oldest, chunk, FAR=x.far is not None, LOAD_START=isinstance(x.ring_start, Tensor), DIM=dim, **constants,
+        **tuning.launch_options(x, config),
     )  # fmt: skip
     if splits > 1:
         merge_kernel[(lse.numel(),)](

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .inputs import LambdaInputs, computing_dtype
+from ..inputs import LambdaInputs, computing_dtype
 
 MAX_ROWS = 16  # query rows a key head
 STEP_BYTES = 4 * 2**20  # keys converted in one step: still in cache when they are multiplied
@@ -81,7 +81,7 @@ def _window_hidden(x: LambdaInputs) -> Tensor | None:
     padding = None if x.first_valid is None or not (x.first_valid > 0).any() else x.first_valid
     if n == 1 and m <= x.window and padding is None:
         return None
-    index = (torch.arange(m) - x.ring_start) % m if x.ring_start else torch.arange(m)
+    index = x.time_index(torch.arange(m))
     distance = torch.arange(m - n, m)[:, None] - index
     hidden = ((distance < 0) | (distance >= x.window))[None, None, None]
     return hidden if padding is None else hidden | (index < padding[:, None, None, None, None])

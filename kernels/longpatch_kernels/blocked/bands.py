@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .inputs import LambdaInputs
+from ..inputs import LambdaInputs
 
 BLOCK_QUERIES = (64, 96, 128, 192)
 WIDE_ROWS = 192  # from so many rows on, the kernel works in tiles of 64 rows instead of 32

@@ -8,19 +8,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..inputs import LambdaInputs
 from . import pack, tuning
-from .inputs import LambdaInputs
 from .tiles import (
     differentiate,
     load_first_valid,
     load_lse,
+    load_pair,
     load_slope,
-    load_tile,
     queries_of_keys,
     store_tile,
     tile_count,
     tile_start,
-    window_visible,
+    window_rules,
 )
 
 
@@ -34,18 +34,13 @@ def accumulate_window(
     """Either the tiles that need the mask or those that do not. Tiles lie [N, M]: neither sum needs a transpose."""
     for tile in tl.range(0, tile_count(bounds, BLOCK_M, MASKED)):
         start = tile_start(tile, bounds, BLOCK_M, MASKED)
-        query_tile = load_tile(query, batch, head, start, queries, BLOCK_M, DIM, BLOCK_D, MASKED, TMA)
-        upstream = load_tile(grad_out, batch, head, start, queries, BLOCK_M, DIM, BLOCK_D, MASKED, TMA)
+        query_tile, upstream = load_pair(
+            query, grad_out, batch, head, start, queries, BLOCK_M, DIM, BLOCK_D, MASKED, TMA
+        )
         row = start + tl.arange(0, BLOCK_M)
         row_lse = load_lse(lse, row, queries)[None, :]
         row_delta = tl.load(delta + row, mask=row < queries, other=0.0)[None, :]
-        position = (offset + row)[None, :]
-        visible = None
-        if MASKED:
-            visible = window_visible(position, index, window, valid)
-        distance = 0.0
-        if rule.slopes is not None:
-            distance = (position - index).to(tl.float32)
+        visible, distance = window_rules((offset + row)[None, :], index, window, valid)
         scores = tl.dot(key, tl.trans(query_tile), input_precision=PRECISION)
         grad_weights = tl.dot(value, tl.trans(upstream), input_precision=PRECISION)
         weights, grad_scores = differentiate(
@@ -67,8 +62,7 @@ def key_kernel(
     offset = keys - queries
     index = (start_index + tl.arange(0, BLOCK_N))[:, None]
     valid = load_first_valid(first_valid, batch)
-    block = load_tile(key, batch, key_head, start_index, keys, BLOCK_N, DIM, BLOCK_D, True)
-    value_block = load_tile(value, batch, key_head, start_index, keys, BLOCK_N, DIM, BLOCK_D, True)
+    block, value_block = load_pair(key, value, batch, key_head, start_index, keys, BLOCK_N, DIM, BLOCK_D, True)
     bounds = queries_of_keys(start_index, window, valid, offset, queries, BLOCK_M, BLOCK_N)
     key_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     value_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..inputs import FarSegment, Gradients, LambdaInputs
 from .bands import Band, bands
-from .inputs import FarSegment, Gradients, LambdaInputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,7 +42,7 @@ def backward(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor) -> Gra
     ordered = x.in_time_order()
     if _is_causal(ordered):
         far = [t if t is None else torch.zeros_like(t) for t in x.tensors[3:]]
-        return *_causal_backward(ordered, out, lse, grad_out), *far
+        return x.as_stored((*_causal_backward(ordered, out, lse, grad_out), *far))
     grads = _empty_gradients(x)
     # exp(score - lse) is then 0 where a query sees nothing
     lse = lse.masked_fill(lse.isneginf(), torch.inf)
@@ -51,10 +51,7 @@ def backward(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor) -> Gra
         own = query, key[:, :, dropped:], value[:, :, dropped:], *far
         for band in bands(part, in_backward=True):
             _backward(part, band, out[rows], lse[rows], grad_out[rows], own)
-    query, key, value, *far = grads
-    if ordered is not x:
-        key, value = key.roll(x.ring_start, dims=2), value.roll(x.ring_start, dims=2)
-    return query, key, value, *(far or [None] * 3)
+    return x.as_stored((*grads, *[None] * (6 - len(grads))))
 
 
 def _empty_gradients(x: LambdaInputs) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .inputs import LambdaInputs
+from ..inputs import LambdaInputs
 
 DECODE_ROWS = 64  # query rows that one decode tile holds at most
 LARGEST_MERGE = 64  # partial results that one row of a split decode merges at most

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..inputs import FarSegment, LambdaInputs
 from . import pack, tuning
-from .inputs import FarSegment, LambdaInputs
-from .tiles import differentiate, far_rules, load_lse, load_slope, load_tile, store_tile
+from .tiles import differentiate, far_rules, load_lse, load_pair, load_slope, store_tile
 
 PROGRAMS = 512  # fills the largest chips; more would only add partial sums
 
@@ -25,8 +25,7 @@ def far_kernel(
     part, key_head, batch = tl.program_id(0), tl.program_id(1) % key_heads, tl.program_id(2)
     start_index = tl.program_id(1) // key_heads * BLOCK_F
     index = (start_index + tl.arange(0, BLOCK_F))[:, None]
-    key = load_tile(far.key, batch, key_head, start_index, far.count, BLOCK_F, DIM, BLOCK_D, True)
-    value = load_tile(far.value, batch, key_head, start_index, far.count, BLOCK_F, DIM, BLOCK_D, True)
+    key, value = load_pair(far.key, far.value, batch, key_head, start_index, far.count, BLOCK_F, DIM, BLOCK_D, True)
     key_sum = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
     value_sum = tl.zeros([BLOCK_F, BLOCK_D], tl.float32)
     for member in tl.range(0, group):
@@ -34,8 +33,7 @@ def far_kernel(
         slope = load_slope(rule, head)
         per_row = (batch.to(tl.int64) * key_heads * group + head) * queries
         for start in tl.range(part * chunk, tl.minimum((part + 1) * chunk, queries), BLOCK_M):
-            query = load_tile(far.query, batch, head, start, queries, BLOCK_M, DIM, BLOCK_D, True)
-            upstream = load_tile(grad_out, batch, head, start, queries, BLOCK_M, DIM, BLOCK_D, True)
+            query, upstream = load_pair(far.query, grad_out, batch, head, start, queries, BLOCK_M, DIM, BLOCK_D, True)
             row = start + tl.arange(0, BLOCK_M)
             row_lse = load_lse(lse + per_row, row, queries)[None, :]
             row_delta = tl.load(delta + per_row + row, mask=row < queries, other=0.0)[None, :]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .inputs import Gradients, LambdaInputs, computing_dtype
+from ..inputs import Gradients, LambdaInputs, computing_dtype
 
 SCORE_BYTES = 16 * 2**20  # one block of scores stays within a desktop CPU's last-level cache
 LARGEST_BLOCK = 256
@@ -30,7 +30,7 @@ class _Block:
         device = x.query.device
         self.position = torch.arange(rows.start, rows.stop, device=device)[:, None] + x.key_count - x.query_count
         index = torch.arange(columns.start, columns.stop, device=device)
-        self.index = (index - x.ring_start) % x.key_count if x.ring_start else index
+        self.index = x.time_index(index)
 
     def grouped(self, tensor: Tensor) -> Tensor:
         """Rows of `[B, Hq, n, ...]` as `[B, Hkv, group * rows, ...]` in the computing dtype."""
@@ -92,7 +92,7 @@ def _blocks(x: LambdaInputs) -> Iterator[_Block]:
     size, offset = block_size(x), x.key_count - x.query_count
     for start in range(0, x.query_count, size):
         stop = min(start + size, x.query_count)
-        if x.ring_start:
+        if x.wraps:
             columns = slice(0, x.key_count)
         else:
             columns = slice(max(0, start + offset - x.window + 1), stop + offset)
@@ -142,10 +142,8 @@ def backward(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_l
             grad_scores = part.backward_scores(weights, block_grad, block_correction)
             grad_key[:, :, part.columns] += grad_scores.mT @ part.query
             grad_query[:, :, block.rows] += block.ungrouped(grad_scores @ part.key)
-    query, key, value = grads["window"]
-    if ordered is not x:
-        key, value = (grad.roll(x.ring_start, dims=2) for grad in (key, value))
-    return query, key, value, *grads.get("far", [None] * 3)
+    found = *grads["window"], *grads.get("far", [None] * 3)
+    return found if ordered is x else x.as_stored(found)
 
 
 def _ordered(x: LambdaInputs) -> LambdaInputs:

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..inputs import FarSegment, LambdaInputs
 from . import tuning
-from .inputs import FarSegment, LambdaInputs
 
 
 class Rows(NamedTuple):

@@ -5,12 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..inputs import LambdaInputs
 from . import pack, tuning
-from .inputs import LambdaInputs
-from .tiles import load_tile
-from .triton_far import far_grads
-from .triton_key import key_grads
-from .triton_query import query_grads
+from .far import far_grads
+from .key import key_grads
+from .query import query_grads
+from .tiles import load_pair
 
 DELTA_ROWS = 32
 
@@ -22,8 +22,7 @@ def delta_kernel(
     """delta [B, Hq, n] = <out, grad_out> - grad_lse: what softmax subtracts from the gradient of each weight."""
     head, tile, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tile * BLOCK_M
-    left = load_tile(out, batch, head, start, queries, BLOCK_M, DIM, BLOCK_D, True)
-    right = load_tile(grad_out, batch, head, start, queries, BLOCK_M, DIM, BLOCK_D, True)
+    left, right = load_pair(out, grad_out, batch, head, start, queries, BLOCK_M, DIM, BLOCK_D, True)
     row = start + tl.arange(0, BLOCK_M)
     place = (batch.to(tl.int64) * tl.num_programs(0) + head) * queries + row
     sums = tl.sum(left.to(tl.float32) * right.to(tl.float32), 1)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..inputs import Gradients, LambdaInputs
 from . import banded, decode, general
-from .inputs import Gradients, LambdaInputs
 
 
 def not_supported_reasons(inputs: LambdaInputs) -> list[str]:

@@ -1,0 +1,5 @@
+"""What differs between model families: rows of data, and code for the two that need it."""
+
+from .table import FAMILIES, REFUSED, Family, reasons_against, supported_families
+
+__all__ = ["FAMILIES", "REFUSED", "Family", "reasons_against", "supported_families"]

@@ -1,0 +1,54 @@
+"""GPT-J: its attention does not go through transformers' interface, and its table of phases ends at `n_positions`.
+
+The model hands `position_ids` to every layer untouched. That is the way the step and the phases take here.
+"""
+
+import functools
+from typing import Any
+
+import torch
+
+from ..attention import attend
+from ..forward import prepare_forward
+from ..rope import ExactRotary, rotate
+
+
+def convert_attention(model: Any, conversion: Any) -> ExactRotary:
+    """Set up one model; what it changes is undone by `conversion`."""
+    base = model.base_model
+    dim = model.config.rotary_dim
+    frequencies = 1.0 / (10000 ** (torch.arange(0, dim, 2, dtype=torch.int64) / dim))  # as the model makes its table
+    rotary = ExactRotary(*getattr(base, "interpolated", (frequencies, 1.0)), interleaved=True)
+    conversion.hook(base, prepare_forward)
+    conversion.hook(base, _pass_step_on)
+    for block in base.h:
+        slot = "_old_forward" if "_old_forward" in vars(block.attn) else "forward"
+        conversion.set(block.attn, slot, functools.partial(forward, block.attn))
+    return rotary
+
+
+def _pass_step_on(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook: the model drops keyword arguments that it does not know."""
+    shared = kwargs.pop("longpatch", None)
+    if shared is not None:
+        rotary = base.longpatch.rotary
+        phase = rotary.phase(kwargs["position_ids"])
+        phase = phase._replace(cos=phase.cos * rotary.attention_scaling, sin=phase.sin * rotary.attention_scaling)
+        # A mask of four dimensions is taken as it is: none of n x n is built.
+        kwargs |= {"position_ids": (phase, shared), "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool)}
+    return args, kwargs
+
+
+def forward(module: Any, hidden_states, position_ids, layer_past=None, **kwargs):
+    """Stands in for GPTJAttention.forward: [B, n, hidden] to [B, n, hidden], no weights."""
+    phase, shared = position_ids
+    query, key, value = (
+        projection(hidden_states).unflatten(2, (-1, module.head_dim)).transpose(1, 2)
+        for projection in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    query, key = rotate(query, phase), rotate(key, phase)
+    if layer_past is not None:
+        key, value = layer_past.update(key, value, module.layer_idx)
+    dropout = module.attn_dropout.p if module.training else 0.0
+    out, _ = attend(module, query, key, value, None, dropout=dropout, longpatch=shared)
+    return module.resid_dropout(module.out_proj(out.flatten(2))), None
