@@ -8,6 +8,7 @@ from .command import add_commands
 
 COMMANDS = {
     "demo": "see on real text what conversion does",
+    "train": "teach a model to read further: QLoRA with stretched positions",
     "eval": "measure a model: perplexity, passkey, ...",
 }
 
