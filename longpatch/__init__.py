@@ -12,11 +12,13 @@ from .convert import (
 )
 from .errors import LongpatchError
 from .interpolation import interpolate_rope, revert_rope
+from .preallocated import PreallocatedCache
 
 __all__ = [
     "LambdaCache",
     "LambdaConfig",
     "LongpatchError",
+    "PreallocatedCache",
     "convert_gpt_j_model",
     "convert_llama_model",
     "convert_model",
