@@ -1,4 +1,4 @@
-"""What a user may write as MODEL: a folder, a hub name, a .gguf file, `demo` or `smollm2`."""
+"""What a user may write as MODEL: a folder (of a model or an adapter), a hub name, a .gguf file, `demo` or `smollm2`."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +27,8 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
             return _from_gguf(_smollm2_file(), dtype)
         if name.endswith(".gguf"):
             return _from_gguf(Path(name), dtype)
+        if (Path(name) / "adapter_config.json").is_file():
+            return _from_adapter(name, dtype)
         return _from_folder(name, dtype)
     except LongpatchError:
         raise
@@ -38,6 +40,14 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
 def _from_folder(name: str, dtype: torch.dtype):
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
     return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
+def _from_adapter(folder: str, dtype: torch.dtype):
+    """The model that the adapter was trained on, with its positions stretched as they were, and the adapter."""
+    from .finetune.adapter import base_name, load_adapter
+
+    model, tokenizer = load_model(base_name(folder), dtype)
+    return load_adapter(model, folder).eval(), tokenizer
 
 
 def _from_gguf(path: Path, dtype: torch.dtype):
