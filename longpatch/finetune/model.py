@@ -40,7 +40,7 @@ def prepare_model(config: TrainConfig) -> tuple[PeftModel, Any]:
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """"nf4" with double quantisation (QLoRA, arXiv 2305.14314), "int8", or None for "none"."""
+    """ "nf4" with double quantisation (QLoRA, arXiv 2305.14314), "int8", or None for "none"."""
     if kind == "none":
         return None
     if kind == "int8":

@@ -6,5 +6,6 @@ examples:
   longpatch eval perplexity demo book.txt           original and converted, by position
 """
 COMMANDS = {
+    "distance": "does the model use what lies far back",
     "perplexity": "how well a model reads, by position, in sliding windows, or streamed to any length",
 }
