@@ -13,12 +13,14 @@ from .convert import (
 from .errors import LongpatchError
 from .interpolation import interpolate_rope, revert_rope
 from .preallocated import PreallocatedCache
+from .recall import Recall
 
 __all__ = [
     "LambdaCache",
     "LambdaConfig",
     "LongpatchError",
     "PreallocatedCache",
+    "Recall",
     "convert_gpt_j_model",
     "convert_llama_model",
     "convert_model",

@@ -8,6 +8,7 @@ from longpatch_kernels import lambda_attention
 
 from .cache import LambdaCache
 from .errors import LongpatchError
+from .recall.join import join, passing_memory
 from .rope import rotate
 from .step import Step
 
@@ -44,12 +45,15 @@ def attend(
             "forward", [f"attention dropout of {dropout}"], "config.attention_dropout = 0 while training"
         )
     step, cache = shared
+    if step.decodes is not None and cache is not None:
+        decode = step.decodes[cache.layers[module.layer_idx].kind]
+        return decode.attend(query, key, value, scaling, softcap, s_aux), None
     layer = None if cache is None else cache.layers[module.layer_idx]
     settings = step.layers[module.layer_idx]
     config = settings.config
     oldest = step.past + step.count - key.shape[2]
     far = {}
-    if config.global_branch:
+    if config.global_branch and step.far_phase is not None:
         if layer is None:
             key_far, value_far, _ = step.sinks(key, value, oldest, settings.rotated)
         else:
@@ -74,6 +78,9 @@ def attend(
         implementation=config.implementation,
         **far,
     )
+    if config.recall is not None:
+        memory = passing_memory(key, value, step, settings) if layer is None else layer.memory
+        out, lse = join(out, lse, query, memory, step, settings, scaling, softcap, alibi_slopes)
     if s_aux is not None:
         out = (out * (lse - s_aux[:, None]).sigmoid()[..., None]).to(query.dtype)
     return out.transpose(1, 2).contiguous(), None

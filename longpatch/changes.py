@@ -34,6 +34,10 @@ class Changes:
         """Add a forward pre-hook that takes and returns positional and keyword arguments."""
         self._hooks.append(module.register_forward_pre_hook(function, with_kwargs=True))
 
+    def hook_after(self, module: nn.Module, function) -> None:
+        """Add a forward hook that takes positional and keyword arguments and the output, and returns an output."""
+        self._hooks.append(module.register_forward_hook(function, with_kwargs=True))
+
     def replace_forward(self, module: nn.Module, function: Callable, *args: Any) -> None:
         """Replace a module's innermost forward by `function(module, *args, ...)`, a function of some file's top level.
 

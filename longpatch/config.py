@@ -6,6 +6,7 @@ from typing import Any
 from longpatch_kernels import IMPLEMENTATIONS
 
 from .errors import LongpatchError
+from .recall.settings import Recall
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class LambdaConfig:
         slack: tokens the cache keeps beyond the window, so that as many can be taken back exactly (`cache.crop`).
         implementation: which kernel computes it: "auto" or a name in `longpatch_kernels.IMPLEMENTATIONS`.
 
+        recall: brings tokens that left the window back (`longpatch.Recall`); None means that they are forgotten.
+
     Raises:
         LongpatchError: listing every setting that is out of range.
     """
@@ -28,8 +31,11 @@ class LambdaConfig:
     limit_distance: int | None = None
     slack: int = 64
     implementation: str = "auto"
+    recall: Recall | None = None
 
     def __post_init__(self):
+        if isinstance(self.recall, dict):  # as saved
+            object.__setattr__(self, "recall", Recall(**self.recall))
         if self.limit_distance is None:
             object.__setattr__(self, "limit_distance", self.local_branch)
         nearest = self.local_branch if isinstance(self.local_branch, int) else 1
@@ -39,6 +45,8 @@ class LambdaConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 bound = f"{least}, the local_branch" if name == "limit_distance" else str(least)
                 reasons.append(f"{name}={value!r} must be an integer of at least {bound}")
+        if self.recall is not None and self.recall.block_tokens > self.local_branch:
+            reasons.append(f"recall.block_tokens={self.recall.block_tokens} must be at most local_branch")
         if self.implementation not in ("auto", *IMPLEMENTATIONS):
             known = ", ".join(("auto", *IMPLEMENTATIONS))
             reasons.append(f"implementation={self.implementation!r} must be one of {known}")

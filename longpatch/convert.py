@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from . import attention
+from .cache import LambdaCache
 from .changes import Changes
 from .config import LambdaConfig
 from .errors import LongpatchError
@@ -18,8 +19,9 @@ from .families import FAMILIES, reasons_against, supported_families
 from .families.falcon import convert_attention as convert_falcon_attention
 from .families.gptj import convert_attention as convert_gptj_attention
 from .families.mpt import convert_attention as convert_mpt_attention
-from .forward import prepare_cache, prepare_forward, share_as_mask
+from .forward import finish_forward, prepare_cache, prepare_drafts, prepare_forward, prepare_mask, share_as_mask
 from .layers import LayerSettings, layer_settings, sliding_layers
+from .recall import Recall
 from .rope import ExactRotary, exact_rotary
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,6 +35,22 @@ class Conversion(Changes):
         super().__init__()
         self.config, self.layers = config, layers
         self.rotary: ExactRotary  # phases of the layers that see sinks
+        self.alibi_slopes: Tensor | None = None  # [Hq] of a family that has them
+
+    def recalled(self, cache: LambdaCache) -> dict[int, Tensor]:
+        """Which tokens each layer recalled in the last forward with `cache`, by the number of the layer.
+
+        `[B, Hq, queries, tokens]`, counted from each row's first token, -1 where nothing was recalled; layers that
+        recalled nothing at all are left out. `generate(..., return_dict_in_generate=True)` returns its cache as
+        `past_key_values`.
+
+        Raises:
+            LongpatchError: if the model does not recall.
+        """
+        if self.config.recall is None:
+            raise LongpatchError("recalled", ["the model was converted without recall"], "convert_model(..., recall=)")
+        memories = {number: layer.memory for number, layer in enumerate(cache.layers) if layer.memory is not None}
+        return {number: memory.recalled for number, memory in memories.items() if memory.recalled is not None}
 
     def __repr__(self) -> str:
         return f"Conversion({self.config})"
@@ -46,6 +64,7 @@ def convert_model(
     limit_distance: int | None = None,
     slack: int = 64,
     implementation: str = "auto",
+    recall: Recall | None = None,
 ) -> Model:
     """Give a causal language model Λ-shaped attention, in place (LM-Infinite, arXiv 2308.16137).
 
@@ -62,6 +81,7 @@ def convert_model(
         limit_distance: distance in tokens at which they appear; at least `local_branch`, its default.
         slack: tokens beyond the window that the cache can take back exactly, as assisted decoding needs.
         implementation: "auto" or a name in `longpatch_kernels.IMPLEMENTATIONS`.
+        recall: what of the text that left the window comes back, see `Recall`. Default: as saved, else nothing.
 
     Returns:
         The same instance.
@@ -79,8 +99,11 @@ def convert_model(
         local_branch = int(marker.get("local_branch") or _trained_length(config))
     if global_branch is None:
         global_branch = int(marker.get("global_branch", 10))
+    if recall is None and marker.get("recall"):
+        recall = Recall(**marker["recall"])
     try:
-        settings = LambdaConfig(local_branch, global_branch, limit_distance, slack, implementation)
+        settings = LambdaConfig(local_branch, global_branch, limit_distance, slack, implementation, recall)
+        reasons += _recall_reasons(recall, config)
     except LongpatchError as error:
         raise LongpatchError("convert_model", reasons + error.reasons, supported_families()) from None
     if reasons:
@@ -173,6 +196,13 @@ def _has_meta_parameters(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters(recurse=False))
 
 
+def _recall_reasons(recall: Recall | None, config: Any) -> list[str]:
+    layers = getattr(config, "num_hidden_layers", None)
+    if recall is None or layers is None or any(recall.covers(layer) for layer in range(layers)):
+        return []
+    return [f"recall from layer {recall.from_layer} to {recall.to_layer} covers none of the model's {layers} layers"]
+
+
 def _trained_length(config: Any) -> int:
     family = FAMILIES.get(getattr(config, "model_type", ""))
     if family is None:
@@ -196,8 +226,11 @@ def _convert(model: PreTrainedModel, settings: LambdaConfig) -> None:
         conversion.rotary = convert_attention(model, conversion)
         for owner in {id(model): model, id(base): base}.values():
             conversion.set(owner, "longpatch", conversion)
+        conversion.hook_after(base, finish_forward)
         if hasattr(model, "_prepare_cache_for_generation"):
             conversion.set(model, "_prepare_cache_for_generation", functools.partial(prepare_cache, model))
+            conversion.set(model, "_get_candidate_generator", functools.partial(prepare_drafts, model))
+            conversion.set(model, "create_masks_for_generate", prepare_mask)
     except BaseException:
         conversion.undo()
         raise

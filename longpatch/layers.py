@@ -28,6 +28,8 @@ def sliding_layers(config: Any) -> list[bool]:
 def layer_settings(config: Any, settings: LambdaConfig) -> tuple[LayerSettings, ...]:
     """Settings of every layer of a model with this config.
 
+    Layers that `settings.recall` does not cover have none.
+
     A model that mixes sliding and full layers keeps its sliding ones: the same window, no sinks. Where every layer
     slides, all are converted.
     """
@@ -39,8 +41,12 @@ def layer_settings(config: Any, settings: LambdaConfig) -> tuple[LayerSettings, 
             local_branch=config.sliding_window,
             global_branch=0,
             limit_distance=config.sliding_window,
+            recall=None,
         )
+    covered = [settings.recall is not None and settings.recall.covers(layer) for layer in range(len(sliding))]
+    forgetful = replace(settings, recall=None)
+    full = [settings if recalls else forgetful for recalls in covered]
     rotated = FAMILIES[config.model_type].rotated_layers(config)
     return tuple(
-        LayerSettings(kept if slides else settings, turns) for slides, turns in zip(sliding, rotated, strict=True)
+        LayerSettings(kept if slides else own, turns) for slides, own, turns in zip(sliding, full, rotated, strict=True)
     )

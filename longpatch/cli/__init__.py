@@ -11,6 +11,8 @@ COMMANDS = {
     "train": "teach a model to read further: QLoRA with stretched positions",
     "merge": "add a trained adapter to its model",
     "eval": "measure a model: perplexity, passkey, ...",
+    "lm-eval": "lm-evaluation-harness with converted models",
+    "report": "tables, plots and comparisons of recorded results",
 }
 
 

@@ -19,7 +19,7 @@ def convert_attention(model: Any, conversion: Any) -> ExactRotary:
     base = model.base_model
     # The model's own tensor over distances 1 and 0: minus the slope of each head, and zero.
     alibi = base.build_mpt_alibi_tensor(base.num_heads, 2)
-    slopes = -alibi[:, 0, 0].float()
+    slopes = conversion.alibi_slopes = -alibi[:, 0, 0].float()
     conversion.hook(base, prepare_forward)
     conversion.hook(base, _keep_step)
     conversion.set(base, "build_mpt_alibi_tensor", functools.partial(_step_for_alibi, base))

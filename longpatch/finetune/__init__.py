@@ -1,6 +1,6 @@
 """Teach a model to read further: QLoRA on long text, on the Trainer of transformers, peft and bitsandbytes."""
 
-from .adapter import load_adapter
+from ..adapter import load_adapter
 from .config import TrainConfig, read_config
 
 __all__ = ["TrainConfig", "load_adapter", "read_config", "train"]

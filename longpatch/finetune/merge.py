@@ -9,11 +9,10 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoConfig
 
+from ..adapter import load_adapter, read_record
 from ..demo.text import read_text
 from ..errors import LongpatchError
 from ..models import DEMO_FOLDER, load_model
-from .adapter import load_adapter, read_record
-from .model import load_quantized
 
 PROBE_TOKENS = 256
 
@@ -58,7 +57,7 @@ def merge(base: str, adapter: str | Path, out: str | Path, quantized_gap: bool =
     gaps = [gap("base + adapter, unquantised", actual, expected)]
     kind = read_record(adapter).get("quantization", "none")
     if quantized_gap and kind != "none":
-        quantised = load_adapter(load_quantized(base, kind, torch.float32)[0], adapter).eval()
+        quantised = load_adapter(load_model(base, torch.float32, quantization=kind)[0], adapter).eval()
         gaps.append(gap(f"base in {kind} + adapter", actual, _logits(quantised, ids)))
     return gaps
 

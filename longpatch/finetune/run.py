@@ -6,9 +6,9 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..adapter import write_record
 from ..convert import unwrap
 from ..errors import LongpatchError
-from .adapter import write_record
 from .config import TrainConfig
 from .data import load_rows, pad_right
 from .model import prepare_model

@@ -7,9 +7,9 @@ from typing import Any
 from peft import PeftModel
 from safetensors import safe_open
 
-from ..convert import unwrap
-from ..errors import LongpatchError
-from ..interpolation import interpolate_rope
+from .convert import unwrap
+from .errors import LongpatchError
+from .interpolation import interpolate_rope
 
 RECORD = "longpatch.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -38,18 +38,19 @@ def base_name(folder: str | Path) -> str:
 
 
 def load_adapter(model: Any, folder: str | Path, trainable: bool = False) -> PeftModel:
-    """Put an adapter on its base model: interpolate the positions as in its training, then load its weights.
+    """Put an adapter, a folder or a hub name, on its base model: interpolate the positions as in its training, then load its weights.
 
     Raises:
         LongpatchError: where the weights are not safetensors, or where embeddings or norms that were trained in full
             are missing; the model is then as it was.
     """
-    reasons = missing_weights(model, folder)
-    if reasons:
-        raise LongpatchError("load_adapter", reasons, f"a folder with adapter_config.json and {WEIGHTS}")
-    rope = read_record(folder).get("rope")
-    if rope:
-        interpolate_rope(unwrap(model), **rope)
+    if Path(folder).is_dir():
+        reasons = missing_weights(model, folder)
+        if reasons:
+            raise LongpatchError("load_adapter", reasons, f"a folder with adapter_config.json and {WEIGHTS}")
+        rope = read_record(folder).get("rope")
+        if rope:
+            interpolate_rope(unwrap(model), **rope)
     return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, use_safetensors=True)
 
 

@@ -1,0 +1,115 @@
+"""Which tokens a query recalls, and its attention to them."""
+
+import torch
+from torch import Tensor
+
+from longpatch_kernels.inputs import computing_dtype
+
+from .lookup import Lookup
+from .memory import Memory
+from .settings import SEGMENT_TOKENS
+
+SCORES = 2**23  # numbers in one piece of scores
+
+
+def attend(
+    memory: Memory,
+    query: Tensor,
+    lookup: Lookup,
+    scale: float,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of `query` [B, Hq, q, d], already at the distance of recalled tokens, to those that it recalls.
+
+    `bias` [Hq] is added to every score (ALiBi: -slope x distance). Returns out [B, Hq, q, d] and log-sum-exp
+    [B, Hq, q]; 0 and -inf for a query that recalls nothing. `memory.recalled` tells afterwards what was recalled.
+    """
+    dtype = computing_dtype(query.dtype)
+    grouped = (query.to(dtype) * scale).unflatten(1, (memory.key_heads, -1))  # [B, Hkv, g, q, d]
+    if lookup.settings.block_tokens == 1:
+        scores, tokens = _best_tokens(memory, grouped, lookup)
+        values = memory.fetch("values", tokens.clamp_min(0).flatten(2), 1, dtype).to(query.device)
+        values = values.view(*tokens.shape, -1)  # [B, Hkv, g, q, k, d]
+    else:
+        blocks = _best_blocks(memory, grouped, lookup)
+        scores, tokens, values = _block_tokens(memory, grouped, blocks, lookup)
+    recalled = tokens.expand_as(scores).flatten(1, 2)
+    memory.recalled = torch.where(recalled < 0, -1, recalled + lookup.sinks)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill((tokens < 0).expand_as(scores), -torch.inf)
+    if bias is not None:
+        scores = scores + bias.to(dtype).view(1, memory.key_heads, -1, 1, 1)
+    lse = scores.logsumexp(dim=-1)
+    weights = (scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
+    out = (weights[..., None, :] @ values).squeeze(-2)
+    return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
+
+
+def _best_tokens(memory: Memory, query: Tensor, lookup: Lookup) -> tuple[Tensor, Tensor]:
+    """Scores and tokens [B, Hkv, g, q, k] of each query head's best; -inf and -1 where fewer than k may be recalled."""
+    device, home, k = query.device, memory.home, lookup.settings.top_k
+    query, first, last = query.to(home), lookup.first.to(home), lookup.last.to(home)
+    rows = query.flatten(2, 3)  # [B, Hkv, g q, d]
+    shape = (*query.shape[:4], k)
+    best = query.new_full(shape, -torch.inf)
+    tokens = torch.full(shape, -1, device=home)
+    longest = max(1024, SCORES // rows[..., 0].numel())
+    oldest, latest = int(first.min()), int(last.max())
+    everywhere = int(first.max()), int(last.min())
+    for start, stop, segment in memory.pieces(oldest, latest, longest):
+        place = start % SEGMENT_TOKENS
+        keys = segment.read("keys", (slice(None), slice(None), slice(place, place + stop - start)), rows.dtype)
+        scores = (rows @ keys.mT).view(*query.shape[:4], -1)
+        if start < everywhere[0] or stop > everywhere[1] + 1:
+            token = torch.arange(start, stop, device=home)
+            hidden = (token < first[..., None]) | (token > last[..., None])
+            scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
+        score, index = scores.topk(min(k, stop - start), dim=-1)
+        best, order = torch.cat((best, score), dim=-1).topk(k, dim=-1)
+        tokens = torch.cat((tokens, index + start), dim=-1).gather(-1, order)
+    none = best[..., -1:].isneginf()
+    return best.masked_fill(none, -torch.inf).to(device), tokens.masked_fill(none, -1).to(device)
+
+
+@torch.no_grad()
+def _best_blocks(memory: Memory, query: Tensor, lookup: Lookup) -> Tensor:
+    """Blocks [B, Hkv, q, k] that the query heads of a key head together find best; -1 where there are fewer.
+
+    A head gives each block the softmax, over all blocks with tokens that may be recalled, of the bound on its scores; a
+    block's worth is the sum over the heads. A head that knows what it seeks has its way, one that does not hardly
+    counts.
+    """
+    size, k = lookup.settings.block_tokens, lookup.settings.top_k
+    first, last = lookup.first // size, lookup.last // size
+    count = int(last.max()) + 1
+    assert memory.index is not None
+    representatives = memory.index.until(count, int(last.amax(dim=1).min()) + 1, query)
+    signed = torch.cat((query.clamp_min(0), query.clamp_max(0)), dim=-1)
+    block = torch.arange(count, device=query.device)
+    hidden = (block < first[..., None]) | (block > last[..., None])  # [B or 1, q, blocks]
+    scores = (signed.flatten(2, 3) @ representatives.mT).view(*query.shape[:4], -1)
+    worth = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(dim=-1).sum(dim=2)
+    worth = worth.masked_fill(hidden[:, None], -torch.inf)
+    value, chosen = worth.topk(min(k, count), dim=-1)
+    return chosen.masked_fill(value.isneginf(), -1)
+
+
+def _block_tokens(memory: Memory, query: Tensor, blocks: Tensor, lookup: Lookup) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the blocks' tokens that may be recalled, t = k block_tokens with the others as -inf and -1.
+
+    Scores [B, Hkv, g, q, t], tokens [B, Hkv, 1, q, t] and values [B, Hkv, 1, q, t, d].
+    """
+    size = lookup.settings.block_tokens
+    starts = blocks.clamp_min(0).flatten(2) * size
+    keys, values = (
+        memory.fetch(name, starts, size, query.dtype).to(query.device).view(*blocks.shape[:3], -1, query.shape[-1])
+        for name in ("keys", "values")
+    )
+    tokens = blocks[..., None] * size + torch.arange(size, device=query.device)
+    first, last = (limit[:, None, :, None, None] for limit in (lookup.first, lookup.last))
+    hidden = (blocks[..., None] < 0) | (tokens < first) | (tokens > last)
+    tokens = tokens.masked_fill(hidden, -1).flatten(3)[:, :, None]
+    scores = torch.einsum("bhgqd,bhqtd->bhgqt", query, keys)
+    return scores.masked_fill(tokens < 0, -torch.inf), tokens, values[:, :, None]

@@ -1,0 +1,358 @@
+"""Recall against its dense float64 definition, from each layer's own raw queries, keys and values."""
+
+import gc
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from transformers import DynamicCache
+
+from longpatch import LongpatchError, Recall, convert_llama_model, convert_model, revert_model
+from longpatch.recall import blocks, memory, search, segment
+from tests.families import tiny_model
+from tests.test_definition import record_attention
+from tests.tiny import random_ids, read_in_chunks, tiny_llama
+
+WINDOW, SINKS = 12, 3
+
+
+def definition(raw, frequencies, first, scale, window, sinks, recall, queries):
+    """Λ-attention, float64 [B, n, H * d], where the best of the middle join the softmax of the queries in `queries`.
+
+    Queries and keys [B, H, n, d] are raw, before any rotation. The middle of query i: sinks <= j <= i - window, at most
+    `max_tokens` of them. Token mode: each head's k best by their scores at `recall.distance`. Block mode: the k best
+    blocks of row tokens [sinks + n size, sinks + (n + 1) size) with tokens in the middle, by the sum, over the query
+    heads of one key head, of the softmax over blocks of sum_c max(q_c max_c, q_c min_c); their tokens in the middle.
+    """
+    query, key, value = (tensor.double() for tensor in raw)
+    group = query.shape[1] // key.shape[1]
+    batch, heads, count, half = *query.shape[:3], query.shape[3] // 2
+    index = torch.arange(count)
+    d = index[:, None] - index
+
+    def turned(x, angle):
+        x = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones(()).double(), angle)
+        return torch.cat((x.real, x.imag), dim=-1)
+
+    def scores_at(e):  # [n, n] distances
+        turn = torch.polar(torch.ones(()).double(), e.double()[..., None] * frequencies)
+        q, k = (torch.complex(x[..., :half], x[..., half:]) for x in (query, key.repeat_interleave(group, 1)))
+        return scale * torch.einsum("bhif,bhjf,ijf->bhij", q, k.conj(), turn).real
+
+    j_in_row = index - first[:, None]
+    visible = (d >= 0) & ((d < window) | (j_in_row < sinks)[:, None, :]) & (j_in_row >= 0)[:, None, :]
+    scores = scores_at(d.clamp(max=window)).masked_fill(~visible[:, None], -torch.inf)
+    middle = (d >= window) & (j_in_row >= sinks)[:, None, :]
+    if recall.max_tokens is not None:
+        middle = middle & (d < window + recall.max_tokens)
+    at_distance = scores_at(torch.full_like(d, recall.distance))
+    far_query = turned(query, recall.distance * frequencies)
+    k, size = recall.top_k, recall.block_tokens
+    for b in range(batch):
+        for i in queries:
+            tokens = middle[b, i].nonzero().flatten()
+            for head in range(heads):
+                if size == 1:
+                    if len(tokens) < k:
+                        continue
+                    chosen = tokens[at_distance[b, head, i, tokens].argsort(descending=True)[:k]]
+                else:
+                    start = int(first[b]) + sinks
+                    blocks = [torch.arange(start + n * size, start + (n + 1) * size) for n in range(count // size)]
+                    blocks = [block for block in blocks if block[-1] < count and middle[b, i, block].any()]
+                    if not blocks:
+                        continue
+                    worth = torch.zeros(len(blocks)).double()
+                    of_blocks = [key[b, head // group, block] for block in blocks]
+                    for member in range(head // group * group, head // group * group + group):
+                        q = far_query[b, member, i]
+                        bounds = [torch.maximum(q * keys.amax(0), q * keys.amin(0)).sum() for keys in of_blocks]
+                        worth += (scale * torch.stack(bounds)).softmax(0)
+                    chosen = torch.cat([blocks[n] for n in worth.argsort(descending=True)[:k]])
+                    chosen = chosen[middle[b, i, chosen]]
+                scores[b, head, i, chosen] = at_distance[b, head, i, chosen]
+    weights = scores.softmax(dim=-1).nan_to_num()
+    return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2).flatten(2)
+
+
+SHAPES = st.fixed_dictionaries(
+    {
+        "count": st.integers(20, 90),
+        "window": st.integers(1, 30),
+        "sinks": st.sampled_from([0, 1, 4]),
+        "heads": st.sampled_from([(2, 2), (4, 2), (4, 1)]),
+        "padding": st.lists(st.integers(0, 12), min_size=1, max_size=3),
+        "chunks": st.sampled_from([None, (1000,), (7,), (1, 30, 9)]),
+        "top_k": st.sampled_from([1, 3, 5]),
+        "block": st.sampled_from([1, 1, 2, 4]),
+        "distance": st.sampled_from([0, 5, 40]),
+        "queries": st.sampled_from([None, None, 1, 3]),
+        "max_tokens": st.sampled_from([None, 20]),
+        "from_layer": st.sampled_from([0, 1]),
+        "seed": st.integers(0, 1000),
+    }
+)
+
+
+@settings(max_examples=25)
+@given(SHAPES)
+@torch.no_grad()
+def test_every_layer_equals_the_definition(case):
+    recall = Recall(
+        top_k=case["top_k"],
+        block_tokens=case["block"],
+        distance=case["distance"],
+        queries=case["queries"],
+        max_tokens=case["max_tokens"],
+        from_layer=case["from_layer"],
+    )
+    heads, key_heads = case["heads"]
+    model = tiny_llama(case["seed"], num_attention_heads=heads, num_key_value_heads=key_heads).double()
+    frequencies = model.model.rotary_emb.inv_freq.double()
+    ids, first = random_ids(len(case["padding"]), case["count"], case["seed"]), torch.tensor(case["padding"])
+    mask = (torch.arange(case["count"]) >= first[:, None]).long()
+    window = max(case["window"], case["block"])
+    convert_llama_model(model, window, case["sinks"], recall=recall)
+    seen = record_attention(model)
+    if case["chunks"] is None:
+        model(ids, attention_mask=mask, use_cache=False)
+        sizes = (case["count"],)
+    else:
+        sizes = case["chunks"]
+        read_in_chunks(model, ids, sizes, mask)
+    queries, start, turn = [], 0, 0
+    while start < case["count"]:
+        stop = min(start + sizes[turn % len(sizes)], case["count"])
+        queries += range(start if recall.queries is None else max(start, stop - recall.queries), stop)
+        start, turn = stop, turn + 1
+    for number, record in enumerate(seen):
+        raw = [torch.cat(record[name], dim=1) for name in ("q_proj", "k_proj", "v_proj")]
+        head_dim = raw[0].shape[-1] // heads
+        raw = [tensor.unflatten(2, (-1, head_dim)).transpose(1, 2) for tensor in raw]
+        recalling = queries if recall.covers(number) else []
+        sizes = window, case["sinks"]
+        expected = definition(raw, frequencies, first, head_dim**-0.5, *sizes, recall, recalling)
+        actual = torch.cat(record["out"], dim=1)
+        valid = mask.bool()
+        torch.testing.assert_close(actual[valid], expected[valid], atol=3e-5, rtol=1e-4)
+
+
+def converted(recall, seed=0, **model):
+    return convert_llama_model(tiny_llama(seed, **model), WINDOW, SINKS, slack=8, recall=recall)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=3e-4, rtol=1e-4)
+
+
+MODES = {"tokens": Recall(top_k=4, queries=None), "blocks": Recall(top_k=3, block_tokens=4, queries=None)}
+
+
+@pytest.fixture(params=MODES)
+def mode(request):
+    return MODES[request.param]
+
+
+def test_recall_matters(mode):
+    """What the other tests compare is not what the model computes without recall."""
+    ids = random_ids(1, 60)
+    with torch.no_grad():
+        gap = converted(mode)(ids).logits - converted(None)(ids).logits
+    least = mode.top_k if mode.block_tokens == 1 else 1
+    recalls = torch.arange(60) >= WINDOW + SINKS + least - 1
+    assert gap[0, recalls].abs().amax(-1).gt(1e-3).sum() > 0.9 * recalls.sum()
+    close(gap[0, ~recalls], torch.zeros_like(gap[0, ~recalls]))
+
+
+@torch.no_grad()
+def test_storage_and_segments(mode, tmp_path, monkeypatch):
+    """CPU and disk hold what the device holds, in several segments; files are safetensors and go with the cache."""
+    for module in (memory, blocks, search, segment):
+        monkeypatch.setattr(module, "SEGMENT_TOKENS", 16)
+    ids = random_ids(2, 90)
+    expected, _ = read_in_chunks(converted(mode), ids, (30, 1, 7))
+    for storage in ("cpu", "disk"):
+        folder = str(tmp_path) if storage == "disk" else None
+        model = converted(replace(mode, storage=storage, folder=folder))
+        actual, cache = read_in_chunks(model, ids, (30, 1, 7))
+        assert torch.equal(actual, expected)
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(files) == 2 * 6  # two layers, 90 tokens in segments of 16
+    with safe_open(files[0], framework="pt") as file:
+        held = cache.layers[0].memory.segments[0].tensors["keys"]
+        found = [file.get_tensor("keys")] + [safe_open(path, framework="pt").get_tensor("keys") for path in files[1:]]
+        assert any(torch.equal(keys, held) for keys in found)
+    del cache
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_eight_bits(mode):
+    """Every number is within half a level of its scale; the model's output moves a little, the memory is a quarter."""
+    ids = random_ids(1, 80)
+    expected, plain = read_in_chunks(converted(mode), ids, (40,))
+    actual, small = read_in_chunks(converted(replace(mode, bits=8)), ids, (40,))
+    tensors, exact = (cache.layers[0].memory.segments[0].tensors for cache in (small, plain))
+    for name in ("keys", "values"):
+        assert tensors[name].dtype == torch.int8
+        rounded = tensors[name] * tensors[f"{name}_scale"]
+        assert (rounded - exact[name]).abs().le(0.51 * tensors[f"{name}_scale"])[:, :, :80].all()
+    assert tensors["keys"].nbytes * 4 == exact["keys"].nbytes
+    assert not torch.equal(actual, expected)
+    agree = actual.argmax(-1) == expected.argmax(-1)
+    assert agree.float().mean() > 0.8
+
+
+@torch.no_grad()
+def test_max_tokens_bounds_the_memory(mode, monkeypatch):
+    for module in (memory, blocks, search, segment):
+        monkeypatch.setattr(module, "SEGMENT_TOKENS", 16)
+    model = converted(replace(mode, max_tokens=20))
+    _, cache = read_in_chunks(model, random_ids(1, 300), (10,))
+    held = [part for part in cache.layers[0].memory.segments if part is not None]
+    assert len(held) <= -(-(20 + WINDOW + 8 + 10) // 16) + 1
+    recalled = model.longpatch.recalled(cache)[0]
+    latest = 300 - 1 - WINDOW
+    assert recalled.max() <= latest
+    last_query = recalled[:, :, -1]
+    assert last_query[last_query >= 0].min() > latest - 20
+
+
+@pytest.mark.parametrize("storage", ["device", "disk"])
+@torch.no_grad()
+def test_taking_back_beams_and_batches(mode, storage):
+    model = converted(replace(mode, storage=storage))
+    ids = random_ids(2, 70)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    whole = model(ids, attention_mask=mask, use_cache=False).logits
+    _, cache = read_in_chunks(model, ids[:, :66], (66,), mask)
+    cache.crop(-6)
+    close(read_in_chunks(model, ids[:, 60:], (10,), mask, cache)[0][0], whole[0, 60:])
+    cache.crop(-8)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    close(read_in_chunks(model, ids[[1, 0], 62:], (8,), mask[[1, 0]], cache)[0], whole[[1, 0], 62:])
+    cache.reset()
+    close(read_in_chunks(model, ids, (70,), mask, cache)[0][0], whole[0])
+    options = {"attention_mask": mask, "num_beams": 3, "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+
+
+@torch.no_grad()
+def test_padded_rows_equal_the_rows_alone(mode):
+    model, ids = converted(mode), random_ids(3, 80)
+    lengths = torch.tensor([80, 61, 5])
+    mask = (torch.arange(80) >= (80 - lengths)[:, None]).long()
+    logits, _ = read_in_chunks(model, ids, (30, 2, 9), mask)
+    for row, length in enumerate(lengths.tolist()):
+        close(logits[row, 80 - length :], model(ids[row : row + 1, 80 - length :], use_cache=False).logits[0])
+    right = mask.flip(1)
+    logits = model(ids, attention_mask=right).logits
+    close(logits[1, :61], model(ids[1:2, :61], use_cache=False).logits[0])
+
+
+@torch.no_grad()
+def test_a_continued_generation_and_the_last_query_alone():
+    """Two turns equal one; by default only the last query of a forward recalls."""
+    model, first, second = converted(Recall(top_k=4)), random_ids(1, 30), random_ids(1, 1, seed=1)
+    options = {"do_sample": False, "return_dict_in_generate": True, "max_new_tokens": 25}
+    turn = model.generate(first, **options)
+    text = torch.cat((turn.sequences, second), dim=1)
+    again = model.generate(text, past_key_values=turn.past_key_values, **options)
+    output = model(text[:, :30])
+    step = output.logits[:, -1:].argmax(-1)
+    ids = [step]
+    for _ in range(24):
+        output = model(step, past_key_values=output.past_key_values)
+        step = output.logits[:, -1:].argmax(-1)
+        ids.append(step)
+    assert torch.equal(torch.cat((first, *ids), dim=1), turn.sequences)
+    assert again.sequences.shape == (1, 81)
+    plain, recalling = (converted(recall)(first, use_cache=False).logits for recall in (None, Recall(top_k=4)))
+    close(recalling[:, :-1], plain[:, :-1])
+    assert (recalling[:, -1] - plain[:, -1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_recalled_tells_what_was_recalled():
+    """The tokens told are those with the best scores, by the raw queries and keys of the layer."""
+    model = converted(Recall(top_k=4, distance=7, from_layer=1))
+    frequencies = model.longpatch.rotary.frequencies
+    seen = record_attention(model)
+    output = model(random_ids(1, 60))
+    recalled = model.longpatch.recalled(output.past_key_values)
+    assert list(recalled) == [1]
+    query, key = (seen[1][name][0].double().unflatten(2, (-1, 16)).transpose(1, 2) for name in ("q_proj", "k_proj"))
+    q, k = (torch.complex(x[..., :8], x[..., 8:]) for x in (query[:, :, -1], key.repeat_interleave(2, 1)))
+    scores = torch.einsum("bhf,bhjf,f->bhj", q, k.conj(), torch.polar(torch.ones(8).double(), 7 * frequencies)).real
+    best = scores[..., SINKS : 60 - WINDOW].topk(4).indices + SINKS
+    assert torch.equal(recalled[1][:, :, 0].sort().values, best.sort().values)
+    with pytest.raises(LongpatchError, match="without recall"):
+        converted(None).longpatch.recalled(output.past_key_values)
+
+
+@torch.no_grad()
+def test_alibi(mode):
+    """Recalled tokens are biased as if at `distance`: chunks agree, and nearer tokens count for more."""
+    recall = replace(mode, distance=1)
+    model, ids = convert_model(tiny_model("mpt"), WINDOW, SINKS, recall=recall), random_ids(1, 60)
+    expected = model(ids, use_cache=False).logits
+    close(read_in_chunks(model, ids, (20, 1, 9))[0], expected)
+    farther = convert_model(model, WINDOW, SINKS, recall=replace(mode, distance=10_000))(ids, use_cache=False).logits
+    nothing = convert_model(revert_model(model), WINDOW, SINKS)(ids, use_cache=False).logits
+    assert (expected - nothing).abs().max() > 1e-3
+    close(farther, nothing)
+
+
+@pytest.mark.parametrize("family", ["gptj", "phi", "gemma2", "gemma3_text", "cohere2", "gpt_oss"])
+@torch.no_grad()
+def test_families(family, mode):
+    """Interleaved and partial rotation, soft-caps, sliding layers: all ways of reading agree, and recall acts."""
+    model, ids = convert_model(tiny_model(family), WINDOW, SINKS, recall=mode), random_ids(1, 70)
+    expected = model(ids, use_cache=False).logits
+    close(read_in_chunks(model, ids, (20, 1, 9))[0], expected)
+    nothing = convert_model(revert_model(model), WINDOW, SINKS)(ids, use_cache=False).logits
+    assert (expected - nothing).abs().max() > 1e-3
+
+
+def test_gradients_flow_through_the_queries(mode):
+    model, ids = converted(mode).train(), random_ids(1, 60)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    with_recall = [parameter.grad.clone() for parameter in model.parameters()]
+    assert all(gradient.isfinite().all() for gradient in with_recall)
+    plain = converted(None).train()
+    plain(ids, labels=ids, use_cache=False).loss.backward()
+    gaps = [(a - b.grad).abs().max() for a, b in zip(with_recall, plain.parameters(), strict=True)]
+    assert max(gaps) > 1e-4
+
+
+def test_settings_are_saved_and_refused(tmp_path):
+    recall = Recall(top_k=7, distance=5)
+    converted(recall).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["longpatch"]["recall"]["top_k"] == 7
+    again = convert_model(type(tiny_llama()).from_pretrained(tmp_path))
+    assert again.longpatch.config.recall == recall
+    with pytest.raises(LongpatchError, match=r"top_k=0.*storage='tape'.*bits=4"):
+        Recall(top_k=0, storage="tape", bits=4)
+    for name, value in (("block_tokens", 3), ("max_tokens", 4), ("folder", "x"), ("distance", -1), ("queries", True)):
+        wrong: dict[str, Any] = {name: value}
+        with pytest.raises(LongpatchError, match=name):
+            Recall(**wrong)
+    with pytest.raises(LongpatchError, match="block_tokens=16 must be at most local_branch"):
+        converted(Recall(block_tokens=16))
+    with pytest.raises(LongpatchError, match="none of the model's 2 layers"):
+        converted(Recall(from_layer=2))
+    model, ids = converted(Recall()), random_ids(2, 30)
+    with pytest.raises(LongpatchError, match="needs a memory"):
+        model(ids, past_key_values=DynamicCache())
+    mask = torch.ones_like(ids)
+    mask[1, 20:] = 0
+    with pytest.raises(LongpatchError, match="right padding"):
+        model(ids, attention_mask=mask)
