@@ -11,20 +11,25 @@ from .convert import (
     revert_model,
 )
 from .errors import LongpatchError
-from .temp_lora import TempLoraGenerator, temp_lora
+from .interpolation import interpolate_rope, revert_rope
+from .preallocated import PreallocatedCache
 from .recall import Recall
+from .temp_lora import TempLoraGenerator, temp_lora
 
 __all__ = [
     "LambdaCache",
     "LambdaConfig",
     "LongpatchError",
-    "TempLoraGenerator",
+    "PreallocatedCache",
     "Recall",
+    "TempLoraGenerator",
     "convert_gpt_j_model",
     "convert_llama_model",
     "convert_model",
     "convert_mpt_model",
     "convert_yi_model",
+    "interpolate_rope",
     "revert_model",
+    "revert_rope",
     "temp_lora",
 ]

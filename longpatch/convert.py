@@ -3,7 +3,8 @@
 import copy
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from . import attention
 from .cache import LambdaCache
+from .changes import Changes
 from .config import LambdaConfig
 from .errors import LongpatchError
 from .families import FAMILIES, reasons_against, supported_families
@@ -26,50 +28,14 @@ Model = TypeVar("Model", bound=nn.Module)
 CODE = {"falcon": convert_falcon_attention, "gptj": convert_gptj_attention, "mpt": convert_mpt_attention}
 
 
-class Missing:
-    """What `Conversion` remembers of an attribute that was not there; a class, so that copies know it again."""
-
-
-class Conversion:
+class Conversion(Changes):
     """What a conversion set up, and how to undo it; found on a converted model as `model.longpatch`."""
 
     def __init__(self, config: LambdaConfig, layers: tuple[LayerSettings, ...]):
+        super().__init__()
         self.config, self.layers = config, layers
         self.rotary: ExactRotary  # phases of the layers that see sinks
         self.alibi_slopes: Tensor | None = None  # [Hq] of a family that has them
-        self._changes: list[tuple[Any, str, Any]] = []
-        self._hooks = []
-
-    def set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute, remembering what was there."""
-        instance_value = vars(owner).get(name, Missing)
-        if isinstance(owner, nn.Module) and name in owner._modules:
-            instance_value = owner._modules[name]
-        self._changes.append((owner, name, instance_value))
-        setattr(owner, name, value)
-
-    def hook(self, module: nn.Module, function: Callable) -> None:
-        self._hooks.append(module.register_forward_pre_hook(function, with_kwargs=True))
-
-    def replace_forward(self, module: nn.Module, function: Callable, *args: Any) -> None:
-        """Replace a module's innermost forward by `function(module, *args, ...)`, a function of some file's top level.
-
-        So it survives deepcopy and pickle, and hooks of accelerate around the forward stay in place.
-        """
-        slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
-        self.set(module, slot, functools.partial(function, module, *args))
-
-    def hook_after(self, module: nn.Module, function: Callable) -> None:
-        self._hooks.append(module.register_forward_hook(function, with_kwargs=True))
-
-    def undo(self) -> None:
-        for handle in self._hooks:
-            handle.remove()
-        for owner, name, value in reversed(self._changes):
-            if value is Missing:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, value)
 
     def recalled(self, cache: LambdaCache) -> dict[int, Tensor]:
         """Which tokens each layer recalled in the last forward with `cache`, by the number of the layer.
@@ -123,7 +89,7 @@ def convert_model(
     Raises:
         LongpatchError: listing every reason why the model or a setting cannot be converted; the model is untouched.
     """
-    causal = _unwrap(model)
+    causal = unwrap(model)
     reasons = _unsupported(causal)
     config: Any = getattr(causal, "config", None)
     marker = getattr(config, "longpatch", None) or {}
@@ -186,13 +152,28 @@ def convert_gpt_j_model(
 
 def revert_model(model: Model) -> Model:
     """Undo `convert_model`, bit for bit; a model that is not converted stays as it is. Returns the same instance."""
-    conversion = getattr(_unwrap(model), "longpatch", None)
+    conversion = getattr(unwrap(model), "longpatch", None)
     if isinstance(conversion, Conversion):
         conversion.undo()
     return model
 
 
-def _unwrap(model: Any) -> Any:
+@contextmanager
+def unconverted(model: Any) -> Iterator[None]:
+    """Inside the block the model is as it was before conversion; after it, it is converted with the same settings."""
+    causal = unwrap(model)
+    conversion = getattr(causal, "longpatch", None)
+    if not isinstance(conversion, Conversion):
+        yield
+        return
+    conversion.undo()
+    try:
+        yield
+    finally:
+        _convert(causal, conversion.config)
+
+
+def unwrap(model: Any) -> Any:
     """The transformers model inside a PeftModel."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

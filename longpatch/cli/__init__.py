@@ -8,6 +8,8 @@ from .command import add_commands
 
 COMMANDS = {
     "demo": "see on real text what conversion does",
+    "train": "teach a model to read further: QLoRA with stretched positions",
+    "merge": "add a trained adapter to its model",
     "eval": "measure a model: perplexity, passkey, ...",
     "lm-eval": "lm-evaluation-harness with converted models",
     "report": "tables, plots and comparisons of recorded results",

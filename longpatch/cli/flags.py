@@ -70,7 +70,7 @@ def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         getattr(torch, arguments.dtype),
         adapter=arguments.peft,
         device_map=arguments.device_map,
-        load_in_4bit=arguments.load_in_4bit,
+        quantization="nf4" if arguments.load_in_4bit else "none",
         tensor_parallel=arguments.tp,
     )
 

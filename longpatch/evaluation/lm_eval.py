@@ -60,7 +60,11 @@ class LongpatchLM(_Base):
         if truncation not in TRUNCATIONS:
             raise LongpatchError("lm-eval", [f"truncation={truncation!r}"], ", ".join(TRUNCATIONS))
         model, tokenizer = load_model(
-            pretrained, getattr(torch, dtype), adapter=peft, device_map=device_map, load_in_4bit=load_in_4bit
+            pretrained,
+            getattr(torch, dtype),
+            adapter=peft,
+            device_map=device_map,
+            quantization="nf4" if load_in_4bit else "none",
         )
         if rope_theta is not None:
             set_rope_theta(model, float(rope_theta))

@@ -10,6 +10,7 @@ examples:
   torchrun --nproc-per-node 2 -m longpatch.cli eval passkey demo --lengths 256 --out passkey.jsonl             (CPUs)
 """
 COMMANDS = {
+    "distance": "does the model use what lies far back",
     "perplexity": "how well a model reads, by position, in sliding windows, or streamed to any length",
     "passkey": "whether it finds a number hidden in text, by length and depth",
     "needle": "whether it finds a sentence hidden in real text, by length and depth",

@@ -1,0 +1,139 @@
+"""Decoding with a preallocated cache beside the growing one of transformers: time, peak memory, allocations.
+
+    python -m benchmarks.cache                          # the shape of SmolLM2-135M, 16,384 tokens, float32
+    python -m benchmarks.cache --tokens 4096 --new 16
+
+Random weights: time does not depend on them. Both caches hold the same tokens and take turns, one token each; their
+logits are compared before a time is printed. Peak memory is that of a fresh process that fills one cache in chunks of
+512 tokens and adds `--new` more one by one, over what it had before.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from longpatch import PreallocatedCache
+from longpatch.results import record, write_records
+
+COMMAND = "benchmarks.cache"
+SHAPE = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49_152,
+    "tie_word_embeddings": True,
+}
+CHUNK = 512
+LARGE = 1 << 20  # bytes from which an allocation counts
+
+
+def make_cache(kind, config, tokens):
+    return PreallocatedCache(config, tokens) if kind == "preallocated" else DynamicCache(config=config)
+
+
+def fill(cache, config, tokens, count=CHUNK):
+    """Random keys and values in every layer, as a prefill by chunks leaves them."""
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, tokens, count):
+        size = min(count, tokens - start)
+        for layer in range(config.num_hidden_layers):
+            states = torch.randn(1, config.num_key_value_heads, size, config.head_dim, generator=generator)
+            cache.update(states, states, layer)
+
+
+def memory(kind, tokens, new):
+    """Bytes by which filling a cache raised this process's peak; run in a process of its own."""
+    config = LlamaConfig(**SHAPE)
+    torch.randn(1, config.num_key_value_heads, CHUNK, config.head_dim)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cache = make_cache(kind, config, tokens + new)
+    fill(cache, config, tokens)
+    fill(cache, config, new, count=1)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def peak_of(kind, arguments):
+    command = [sys.executable, "-m", "benchmarks.cache", "--memory", kind]
+    command += ["--tokens", str(arguments.tokens), "--new", str(arguments.new)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@torch.no_grad()
+def decode(arguments):
+    """{kind: (ms per token of each round, large allocations per token)}"""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE)
+    model = LlamaForCausalLM(config).eval()
+    caches = {kind: make_cache(kind, config, arguments.tokens + arguments.new + 2) for kind in KINDS}
+    for cache in caches.values():
+        fill(cache, config, arguments.tokens)
+    ids = torch.randint(0, config.vocab_size, (1, arguments.new + 2))
+    times = {kind: [] for kind in KINDS}
+    for step in range(arguments.new + 1):
+        logits = {}
+        for kind, cache in caches.items():
+            began = time.perf_counter()
+            logits[kind] = model(ids[:, step : step + 1], past_key_values=cache).logits
+            if step:  # the first is warm-up
+                times[kind].append(1000 * (time.perf_counter() - began))
+        torch.testing.assert_close(logits["preallocated"], logits["growing"], atol=1e-4, rtol=1e-4)
+    allocations = {}
+    for kind, cache in caches.items():
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            model(ids[:, -1:], past_key_values=cache)
+        taken = [event.cpu_memory_usage for event in profiler.events() or () if event.name == "[memory]"]
+        allocations[kind] = sum(size >= LARGE for size in taken)
+    return times, allocations
+
+
+KINDS = ("growing", "preallocated")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--new", type=int, default=32, help="tokens decoded, one by one")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cache.jsonl"), metavar="JSONL")
+    parser.add_argument("--memory", choices=KINDS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory:
+        print(memory(arguments.memory, arguments.tokens, arguments.new))
+        return
+    formula = PreallocatedCache.memory_bytes(LlamaConfig(**SHAPE), arguments.tokens + arguments.new)
+    peaks = {kind: peak_of(kind, arguments) for kind in KINDS}
+    times, allocations = decode(arguments)
+    settings = {"tokens": arguments.tokens, "threads": torch.get_num_threads()}
+    records = []
+    for kind in KINDS:
+        median = statistics.median(times[kind])
+        p20, *_, p80 = statistics.quantiles(times[kind], n=5)
+        print(
+            f"{kind:<13}{median:>8.1f} ms a token (p20 {p20:.1f}, p80 {p80:.1f}), {allocations[kind]} allocations of "
+            f"1 MiB or more a token, peak {peaks[kind] / 2**20:,.0f} MiB = {peaks[kind] / formula:.3f} of the formula"
+        )
+        for metric, value, unit, n in (
+            ("latency", median, "ms", len(times[kind])),
+            ("peak_memory", peaks[kind], "B", 1),
+            ("peak_memory_to_formula", peaks[kind] / formula, "1", 1),
+            ("large_allocations", allocations[kind], "1", 1),
+        ):
+            records.append(record(COMMAND, "smollm2-shape", metric, value, unit, n, cache=kind, **settings))
+    ratio = statistics.median(a / b for a, b in zip(times["growing"], times["preallocated"], strict=True))
+    print(f"preallocated is {ratio:.2f} times as fast (median of {len(times['growing'])} pairs)")
+    records.append(record(COMMAND, "smollm2-shape", "speedup", ratio, "1", len(times["growing"]), **settings))
+    write_records(arguments.out, records)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Changes to one model instance that can be taken back."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class Missing:
+    """What is remembered of an attribute that was not there; a class, so that copies know it again."""
+
+
+class Changes:
+    """Attributes set and hooks added on modules; `undo` puts everything back, in reverse.
+
+    Plain data and module-level functions, so that `deepcopy` and `pickle` of the model carry it along.
+    """
+
+    def __init__(self):
+        self._changes: list[tuple[Any, str, Any]] = []
+        self._hooks = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute, a submodule or a buffer, remembering what was there."""
+        before = vars(owner).get(name, Missing)
+        if isinstance(owner, nn.Module):
+            for kind in (owner._modules, owner._buffers):
+                before = kind.get(name, before)
+        self._changes.append((owner, name, before))
+        setattr(owner, name, value)
+
+    def hook(self, module: nn.Module, function) -> None:
+        """Add a forward pre-hook that takes and returns positional and keyword arguments."""
+        self._hooks.append(module.register_forward_pre_hook(function, with_kwargs=True))
+
+    def hook_after(self, module: nn.Module, function) -> None:
+        """Add a forward hook that takes positional and keyword arguments and the output, and returns an output."""
+        self._hooks.append(module.register_forward_hook(function, with_kwargs=True))
+
+    def replace_forward(self, module: nn.Module, function: Callable, *args: Any) -> None:
+        """Replace a module's innermost forward by `function(module, *args, ...)`, a function of some file's top level.
+
+        So it survives deepcopy and pickle, and hooks of accelerate around the forward stay in place.
+        """
+        slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        self.set(module, slot, functools.partial(function, module, *args))
+
+    def undo(self) -> None:
+        for handle in self._hooks:
+            handle.remove()
+        for owner, name, value in reversed(self._changes):
+            if value is Missing:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)

@@ -1,0 +1,83 @@
+"""One training run, on the Trainer of transformers."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..adapter import write_record
+from ..convert import unwrap
+from ..errors import LongpatchError
+from .config import TrainConfig
+from .data import load_rows, pad_right
+from .model import prepare_model
+
+
+def train(config: TrainConfig, resume: bool = False) -> Path:
+    """Train as `config` says; returns the folder that holds the adapter.
+
+    Args:
+        resume: go on from the newest checkpoint in `config.output`, where there is one.
+    """
+    arguments = training_arguments(config)
+    set_seed(arguments.seed)
+    model, tokenizer = prepare_model(config)
+    data = config.data
+    rows = load_rows(data.train, data, tokenizer, streaming=data.streaming)
+    validation = None if data.validation is None else load_rows(data.validation, data, tokenizer)
+    record = adapter_record(config, model)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=validation,
+        data_collator=pad_right,
+        callbacks=[RecordWriter(record)],
+    )
+    last = get_last_checkpoint(config.output) if resume and Path(config.output).is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model(config.output)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        tokenizer.save_pretrained(config.output)
+        write_record(config.output, record)
+    return Path(config.output)
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """The `training` section as transformers reads it, with defaults that a long row needs."""
+    defaults = {
+        "report_to": "none",
+        "prediction_loss_only": True,
+        "label_names": ["labels"],
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "dataloader_pin_memory": False,
+    }
+    try:
+        return TrainingArguments(output_dir=config.output, remove_unused_columns=False, **(defaults | config.training))
+    except (TypeError, ValueError, ImportError) as error:
+        raise LongpatchError("train", [f"training: {' '.join(str(error).split())}"]) from error
+
+
+def adapter_record(config: TrainConfig, model: Any) -> dict[str, Any]:
+    """What `longpatch.json` holds: the base model's name, and the interpolation its positions need."""
+    marker = getattr(unwrap(model).config.get_text_config(decoder=True), "longpatch_rope", None)
+    return {
+        "base": config.model.name,
+        "rope": None if marker is None else marker["settings"],
+        "length": config.data.length,
+        "attention": config.model.attention,
+        "quantization": config.model.quantization,
+    }
+
+
+class RecordWriter(TrainerCallback):
+    """Writes `longpatch.json` into each checkpoint."""
+
+    def __init__(self, record: dict[str, Any]):
+        self.record = record
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_record(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.record)

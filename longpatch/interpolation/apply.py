@@ -1,0 +1,177 @@
+"""Changing where a model keeps its positions: rotary modules, GPT-J's table, MPT's ALiBi length."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from ..changes import Changes
+from ..errors import LongpatchError
+from .settings import Interpolation
+from .stale import refuse_stale_keys
+
+MARKER = "longpatch_rope"  # in the config; and on the instance, where the changes are remembered
+LENGTHS = {"mpt": "max_seq_len", "gptj": "n_positions"}
+GPTJ_THETA = 10_000.0
+
+
+def position_config(config: Any) -> Any:
+    """The part of a config that describes the text decoder."""
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def rotary_modules(model: nn.Module) -> dict[str, Any]:
+    """Modules that compute rotary phases of the text decoder, by name."""
+    config = position_config(model.config)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if "inv_freq" in module._buffers or "full_attention_inv_freq" in module._buffers
+        if vars(module).get("config") in (config, model.config)
+    }
+
+
+def reasons_against(model: Any) -> list[str]:
+    """Why a model's positions cannot be stretched."""
+    if not isinstance(model, PreTrainedModel):
+        return [f"model is a {type(model).__name__}, not a model of transformers"]
+    config = position_config(model.config)
+    if config.model_type in LENGTHS:
+        return []
+    if getattr(config, "rope_parameters", None) is None:
+        return [f"architecture {config.model_type!r} has no rotary embedding"]
+    return []
+
+
+def apply(model: Any, settings: Interpolation) -> None:
+    """Interpolate an unconverted, uninterpolated model; after an error it is as it was."""
+    config = position_config(model.config)
+    own = _own_copy(model.config)
+    changes = Changes()
+    length_name = LENGTHS.get(config.model_type, "max_position_embeddings")
+    before = {"length": getattr(config, length_name), "rope_parameters": getattr(config, "rope_parameters", None)}
+    marker = {"settings": settings.to_marker(), "before": copy.deepcopy(before)}
+    try:
+        setattr(position_config(own), MARKER, marker)
+        setattr(position_config(own), length_name, settings.max_positions)
+        _rebind(model, own, changes)
+        if config.model_type == "mpt":
+            _extend_alibi(model, settings, changes)
+        elif config.model_type == "gptj":
+            _replace_tables(model, settings, changes)
+        else:
+            _set_parameters(model, settings)
+            _replace_rotary(model, changes)
+            if settings.method in ("dynamic", "longrope"):
+                changes.hook(model.base_model, refuse_stale_keys)
+        changes.set(model, MARKER, changes)
+    except BaseException:
+        changes.undo()
+        raise
+
+
+def unapply(model: Any) -> None:
+    """Put back what was there: the very modules where this instance was changed, else what the config remembers."""
+    changes = vars(model).get(MARKER)
+    if isinstance(changes, Changes):
+        changes.undo()
+        return
+    own = _own_copy(model.config)
+    config = position_config(own)
+    before = getattr(config, MARKER)["before"]
+    delattr(config, MARKER)
+    setattr(config, LENGTHS.get(config.model_type, "max_position_embeddings"), before["length"])
+    _rebind(model, own, Changes())
+    if config.model_type == "mpt":
+        _extend_alibi(model, Interpolation.create("none", 1, None, None, before["length"]), Changes())
+    elif config.model_type == "gptj":
+        _replace_tables(model, Interpolation.create("none", 1, None, None, before["length"]), Changes())
+    else:
+        config.rope_parameters = before["rope_parameters"]
+        _replace_rotary(model, Changes())
+
+
+def _own_copy(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Two models may share one config object, so a changed model gets one of its own."""
+    return copy.deepcopy(config)
+
+
+def _rebind(model: nn.Module, own: PreTrainedConfig, changes: Changes) -> None:
+    """Let every module that refers to the model's config refer to `own`."""
+    shared: Any = model.config
+    replaced = {id(shared): own, id(position_config(shared)): position_config(own)}
+    for module in model.modules():
+        config = replaced.get(id(vars(module).get("config")))
+        if config is not None:
+            changes.set(module, "config", config)
+
+
+def _set_parameters(model: Any, settings: Interpolation) -> None:
+    config = position_config(model.config)
+    parameters = config.rope_parameters
+    modules = list(rotary_modules(model).values())
+    if not modules:
+        raise LongpatchError("interpolate_rope", [f"no rotary module found in {type(model).__name__}"])
+    nested = "rope_type" not in parameters
+    # Layers that slide never see far: only those with full attention are interpolated.
+    kind = "full_attention" if nested else None
+    current = parameters[kind] if kind else parameters
+    if settings.method not in ("none", "ntk") and current["rope_type"] != "default":
+        reason = f"method={settings.method!r} on positions that are scaled already (rope_type {current['rope_type']!r})"
+        raise LongpatchError("interpolate_rope", [reason], "method 'none' or 'ntk', and theta, for such a model")
+    frequencies = getattr(modules[0], f"{kind}_inv_freq" if kind else "inv_freq")
+    changed = settings.rope_parameters(current, 2 * frequencies.shape[-1])
+    config.rope_parameters = parameters | {kind: changed} if kind else changed
+    config.validate_rope()
+
+
+def _replace_rotary(model: Any, changes: Changes) -> None:
+    """New rotary modules, of the classes that are there, from the config."""
+    for name, module in rotary_modules(model).items():
+        parent_name, _, leaf = name.rpartition(".")
+        buffer = next(module.buffers())
+        with torch.device(buffer.device):
+            fresh = type(module)(config=module.config)
+        changes.set(model.get_submodule(parent_name), leaf, fresh.train(module.training))
+
+
+def _replace_tables(model: Any, settings: Interpolation, changes: Changes) -> None:
+    rotary_dim = model.config.rotary_dim or model.config.hidden_size
+    changes.set(model.base_model, "interpolated", gptj_frequencies(settings, rotary_dim))  # conversion reads this
+    for module in model.modules():
+        if "embed_positions" in module._buffers:
+            table = _table(settings, module.pos_embd_dim).to(module.embed_positions)
+            changes.set(module, "embed_positions", table)
+            changes.set(module, "max_positions", settings.target_length)
+
+
+def _table(settings: Interpolation, rotary_dim: int) -> Tensor:
+    """sin and cos `[target_length, rotary_dim]`; frequencies that depend on the length are those of `target_length`."""
+    frequencies, scaling = gptj_frequencies(settings, rotary_dim)
+    angle = torch.outer(torch.arange(settings.target_length).float(), frequencies)
+    return torch.cat((angle.sin(), angle.cos()), dim=1) * scaling
+
+
+def gptj_frequencies(settings: Interpolation, rotary_dim: int) -> tuple[Tensor, float]:
+    """`[rotary_dim / 2]` and the scale of cos and sin, by the formulas of transformers for a Llama of that shape."""
+    plain = {"rope_type": "default", "rope_theta": GPTJ_THETA}
+    config = LlamaConfig(
+        head_dim=rotary_dim,
+        max_position_embeddings=settings.max_positions,
+        rope_parameters=settings.rope_parameters(plain, rotary_dim),
+    )
+    rotary = LlamaRotaryEmbedding(config)
+    rotary(torch.zeros(1), torch.tensor([[settings.target_length - 1]]))
+    return rotary.inv_freq, rotary.attention_scaling
+
+
+def _extend_alibi(model: Any, settings: Interpolation, changes: Changes) -> None:
+    if settings.method != "none" or settings.theta is not None:
+        reason = "ALiBi has no frequencies to interpolate, only a length"
+        raise LongpatchError("interpolate_rope", [reason], "method='none' for MPT")
+    for module in model.modules():
+        if "max_seq_length" in vars(module):
+            changes.set(module, "max_seq_length", settings.target_length)

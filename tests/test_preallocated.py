@@ -1,0 +1,140 @@
+"""A cache in fixed memory gives what transformers' growing cache gives."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from longpatch import LongpatchError, PreallocatedCache, convert_model, interpolate_rope
+from tests.tiny import random_ids, read_in_chunks, tiny_llama
+
+WAYS = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "sequences": {"do_sample": True, "num_return_sequences": 3},
+    "prompt lookup": {"prompt_lookup_num_tokens": 4},
+    "padded": {},
+}
+
+
+def pointers(cache):
+    return [layer.keys.data_ptr() for layer in cache.layers]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", WAYS)
+def test_generates_as_with_a_growing_cache(way):
+    model, ids = tiny_llama(), random_ids(1 if way == "prompt lookup" else 2, 20)
+    mask = torch.ones_like(ids)
+    if way == "padded":
+        mask[0, :7] = 0
+    outputs = []
+    for cache in (DynamicCache(config=model.config), PreallocatedCache(model.config, 50)):
+        torch.manual_seed(0)
+        arguments = {"attention_mask": mask, "max_new_tokens": 25, "pad_token_id": 0} | WAYS[way]
+        outputs.append(model.generate(ids, past_key_values=cache, **arguments))
+    assert torch.equal(*outputs)
+    assert cache.get_seq_length() >= 44
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [(1,), (7,), (30, 1, 2)])
+def test_chunks_in_one_place(sizes):
+    model, ids = interpolate_rope(tiny_llama(), method="linear", factor=2), random_ids(2, 100)
+    expected = model(ids, use_cache=False).logits
+    cache = PreallocatedCache(model.config, 100)
+    logits, _ = read_in_chunks(model, ids[:, :50], sizes, cache=cache)
+    places = pointers(cache)
+    rest, _ = read_in_chunks(model, ids[:, 50:], sizes, cache=cache)
+    torch.testing.assert_close(torch.cat((logits, rest), dim=1), expected, atol=3e-4, rtol=1e-4)
+    assert pointers(cache) == places
+    with pytest.raises(LongpatchError, match="full: 100 tokens are held, 1 more"):
+        model(ids[:, :1], past_key_values=cache)
+    assert [layer.length for layer in cache.layers] == [100, 100]
+
+
+@torch.no_grad()
+def test_crop_reorder_and_batch_operations():
+    model, ids = tiny_llama(), random_ids(3, 40)
+    ours, theirs = PreallocatedCache(model.config, 64), DynamicCache(config=model.config)
+    for cache in (ours, theirs):
+        model(ids[:, :30], past_key_values=cache)
+        cache.crop(-7)
+        cache.reorder_cache(torch.tensor([2, 0, 0]))
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([5, 0, 3]))
+    a, b = (model(ids[:, 23:], past_key_values=cache).logits for cache in (ours, theirs))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    ours.crop(10)
+    assert ours.get_seq_length() == 10
+    place = pointers(ours)
+    ours.reset()
+    assert torch.equal(model(ids, past_key_values=ours).logits, model(ids).logits)
+    assert pointers(ours) == place
+
+
+@torch.no_grad()
+def test_sliding_layers_keep_their_window():
+    model = tiny_llama()
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(**{**model.config.to_dict(), "sliding_window": 8, "model_type": "mistral"})
+    model, ids = MistralForCausalLM(config).eval(), random_ids(1, 40)
+    expected = model(ids, use_cache=False).logits
+    logits, _ = read_in_chunks(model, ids, (11, 1), cache=PreallocatedCache(config, 40))
+    torch.testing.assert_close(logits, expected, atol=3e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_compiles_in_one_graph():
+    model, ids = tiny_llama(), random_ids(1, 40)
+    expected = model(ids, use_cache=False).logits
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    cache = PreallocatedCache(model.config, 40)
+    logits = model(ids[:, :30], past_key_values=cache).logits
+    logits = [logits, *(compiled(ids[:, i : i + 1], past_key_values=cache).logits for i in range(30, 40))]
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=3e-4, rtol=1e-4)
+
+
+def test_gradients_stay_out_of_the_cache():
+    model, ids = tiny_llama(), random_ids(1, 40)
+    cache = PreallocatedCache(model.config, 40)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+    model(ids[:, 20:], past_key_values=cache).logits.sum().backward()
+    ours = model.model.layers[0].self_attn.k_proj.weight.grad.clone()
+    model.zero_grad()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+    model(ids[:, 20:], past_key_values=cache).logits.sum().backward()
+    torch.testing.assert_close(ours, model.model.layers[0].self_attn.k_proj.weight.grad, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_formula_is_what_it_takes(dtype):
+    model = tiny_llama(dtype=dtype)
+    cache = PreallocatedCache(model.config, 500)
+    model(random_ids(3, 5), past_key_values=cache)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == PreallocatedCache.memory_bytes(model.config, 500, batch=3, dtype=dtype)
+    storages = [layer.keys.untyped_storage() for layer in cache.layers]
+    assert sum(storage.nbytes() for storage in storages) == held
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    assert model(random_ids(3, 5), past_key_values=cache).logits.shape[1] == 5
+
+
+@torch.no_grad()
+def test_what_does_not_fit_is_refused_before_it_is_taken():
+    model = tiny_llama()
+    cache = PreallocatedCache(model.config, 10**12)
+    with pytest.raises(LongpatchError, match=r"for 1,000,000,000,000 tokens in 1 rows, .* are free"):
+        model(random_ids(1, 5), past_key_values=cache)
+    assert not any(layer.is_initialized for layer in cache.layers)
+    with pytest.raises(LongpatchError, match="max_length=0"):
+        PreallocatedCache(model.config, 0)
+    with pytest.raises(LongpatchError, match="LambdaCache"):
+        PreallocatedCache(convert_model(model, 16, 2).config, 10)
