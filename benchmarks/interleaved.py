@@ -32,7 +32,15 @@ class Case:
     setup: Callable[[], list[Peer]]
 
 
-def measure(cases: Iterable[Case], rounds: int, seconds: float, output: Path | None) -> list[dict]:
+def measure(
+    cases: Iterable[Case],
+    rounds: int,
+    seconds: float,
+    output: Path | None,
+    command: str = "benchmarks.attention",
+    model: str = "lambda_attention",
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[dict]:
     """Records of all cases: every peer is verified, then timed once a round, the order turning by one each round.
 
     A case stops after `rounds` rounds, or after `seconds` once it has three.
@@ -43,7 +51,7 @@ def measure(cases: Iterable[Case], rounds: int, seconds: float, output: Path | N
         bar.set_description(case.name)
         torch.manual_seed(0)
         peers = case.setup()
-        first_ms = {peer.name: _milliseconds(peer.verify) for peer in peers}
+        first_ms = {peer.name: _milliseconds(peer.verify, clock) for peer in peers}
         times = {peer.name: [] for peer in peers}
         started = time.perf_counter()
         for turn in range(rounds):
@@ -51,14 +59,14 @@ def measure(cases: Iterable[Case], rounds: int, seconds: float, output: Path | N
                 break
             for index in range(len(peers)):
                 peer = peers[(index + turn) % len(peers)]
-                times[peer.name].append(_milliseconds(peer.run))
+                times[peer.name].append(_milliseconds(peer.run, clock))
         baseline = _quantile(times[peers[0].name], 0.5)
         for peer in peers:
-            record = _record(case, peer.name, times[peer.name], baseline, first_ms[peer.name])
-            records.append(record)
+            line = _record(case, peer.name, times[peer.name], baseline, first_ms[peer.name], command, model)
+            records.append(line)
             if output:
                 with output.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+                    file.write(json.dumps(line) + "\n")
     return records
 
 
@@ -74,20 +82,22 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _milliseconds(function: Callable) -> float:
-    started = time.perf_counter()
+def _milliseconds(function: Callable, clock: Callable[[], float]) -> float:
+    started = clock()
     function()
-    return 1000 * (time.perf_counter() - started)
+    return 1000 * (clock() - started)
 
 
 def _quantile(times: list[float], fraction: float) -> float:
     return torch.tensor(times, dtype=torch.float64).quantile(fraction).item()
 
 
-def _record(case: Case, peer: str, times: list[float], baseline_ms: float, first_ms: float) -> dict:
+def _record(
+    case: Case, peer: str, times: list[float], baseline_ms: float, first_ms: float, command: str, model: str
+) -> dict:
     median = _quantile(times, 0.5)
     settings = {"case": case.name, "peer": peer, **case.settings}
-    line = record("benchmarks.attention", "lambda_attention", "latency", median, "ms", len(times), seed=0, **settings)
+    line = record(command, model, "latency", median, "ms", len(times), seed=0, **settings)
     line["versions"]["python"] = platform.python_version()
     return line | {
         "p20": _quantile(times, 0.2),

@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from longpatch_kernels import lambda_attention
 
@@ -65,6 +66,17 @@ def attend(
             "far_positions": step.sink_columns - oldest,
             "far_distance": None if alibi_slopes is None else config.distance,
         }
+    if (
+        not far
+        and query.shape[2] == key.shape[2] <= config.local_branch
+        and step.first_valid is None
+        and softcap is s_aux is alibi_slopes is None
+        and config.implementation == "auto"
+    ):  # the text is shorter than the window: what an unconverted model computes
+        out = scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return out.transpose(1, 2).contiguous(), None
     out, lse = lambda_attention(
         query,
         key,

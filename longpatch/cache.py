@@ -116,17 +116,15 @@ class LambdaLayer(CacheLayerMixin):
             self._ring(self.values).index_copy_(2, decode.place[None], value)
         else:
             self._make_room(int(step.past), 1)
-            place = decode.place + sinks
-            self.values[:, :, place : place + 1] = value
-            place += 2 * sinks
-            self.keys[:, :, place : place + 1] = key
-        stop = sinks + decode.held
+            self.keys.narrow(2, 3 * sinks + decode.place, 1).copy_(key)
+            self.values.narrow(2, sinks + decode.place, 1).copy_(value)
         if not decode.sinks:
-            return self.keys[:, :, 3 * sinks : 2 * sinks + stop], self.values[:, :, sinks:stop]
+            return self.keys.narrow(2, 3 * sinks, decode.held), self.values.narrow(2, sinks, decode.held)
         if self.rotated and decode.cos is not None and decode.sin is not None:
-            still, quarter, turned = self.keys[:, :, : 3 * sinks, : decode.cos.shape[-1]].split(sinks, dim=2)
+            whole = self.keys.narrow(3, 0, decode.cos.shape[-1])
+            still, quarter, turned = (whole.narrow(2, part * sinks, sinks) for part in range(3))
             turned.copy_(torch.addcmul(still * decode.cos, quarter, decode.sin))
-        return self.keys[:, :, 2 * sinks : 2 * sinks + stop], self.values[:, :, :stop]
+        return self.keys.narrow(2, 2 * sinks, sinks + decode.held), self.values.narrow(2, 0, sinks + decode.held)
 
     def sinks(self, key: Tensor, value: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Keys and values [B, Hkv, G, d] of the sinks; `key` and `value` are what `update` returned.
@@ -137,6 +135,8 @@ class LambdaLayer(CacheLayerMixin):
             return self.sink_keys, self.sink_values
         first_column = step.past + step.count - key.shape[2]
         fresh_keys, fresh_values, present = step.sinks(key, value, first_column, self.rotated)
+        if present is None:
+            return fresh_keys, fresh_values
         present = present[:, None, :, None]
         return torch.where(present, fresh_keys, self.sink_keys), torch.where(present, fresh_values, self.sink_values)
 
@@ -147,12 +147,13 @@ class LambdaLayer(CacheLayerMixin):
         if step.sink_phase is None or not self.config.global_branch:
             return
         sink_keys, sink_values, present = step.sinks(keys, values, step.past, self.rotated)
-        present = present[:, None, :, None]
-        sink_keys = torch.where(present, sink_keys, self.sink_keys)
-        self.keys[:, :, : 3 * self.config.global_branch] = torch.cat(
-            (sink_keys, rotate(sink_keys, step.quarter_turn), sink_keys), dim=2
-        )
-        self.sink_values.copy_(torch.where(present, sink_values, self.sink_values))
+        if present is not None:
+            present = present[:, None, :, None]
+            sink_keys = torch.where(present, sink_keys, self.sink_keys)
+            sink_values = torch.where(present, sink_values, self.sink_values)
+        variants = (sink_keys, rotate(sink_keys, step.quarter_turn), sink_keys)
+        self.keys[:, :, : 3 * self.config.global_branch] = torch.cat(variants, dim=2)
+        self.sink_values.copy_(sink_values)
 
     def _window(self, past: int) -> tuple[Tensor, Tensor]:
         """Copies of the cached keys and values that the next token's window reaches, in time order."""

@@ -112,9 +112,11 @@ def _plain_bias(config: LambdaConfig, past: int, held: int, sinks: int, dtype, d
         return None
     bias = torch.zeros(1, 1, 1, sinks + held, dtype=dtype, device=device)
     if past - window + 1 < sinks:
-        bias[..., past - window + 1 : sinks] = -torch.inf
+        near = past - window + 1
+        bias.narrow(3, near, sinks - near).fill_(-torch.inf)
     first = past % ring + 1 if held == ring else 0  # the oldest entry
     for entry, stop in ((first, first + held - window), (first - ring, first + held - window - ring)):
-        if stop > 0:
-            bias[..., sinks + max(0, entry) : sinks + min(held, stop)] = -torch.inf
+        entry, stop = max(0, entry), min(held, stop)
+        if entry < stop:
+            bias.narrow(3, sinks + entry, stop - entry).fill_(-torch.inf)
     return bias

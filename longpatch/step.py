@@ -69,13 +69,18 @@ class Step:
 
     def sinks(
         self, key: Tensor, value: Tensor, first_column: int | Tensor, rotated: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Pick the sinks out of keys and values [B, Hkv, m, d] whose first entry stands at `first_column`.
 
         Returns keys, turned back to position 0 where they were `rotated`, and values, `[B, Hkv, G, d]`, and which were
-        there, `[1 or B, G]`.
+        there, `[1 or B, G]`; None: all of them.
         """
         assert self.sink_phase is not None
+        count = self.sink_columns.shape[1]
+        at_start = self.first_valid is None and not isinstance(first_column, Tensor) and first_column == 0
+        if at_start and count <= key.shape[2]:
+            key, value = key[:, :, :count], value[:, :, :count]
+            return rotate(key, self.sink_phase) if rotated else key, value, None
         column = self.sink_columns - first_column
         present = (column >= 0) & (column < key.shape[2])
         index = column.clamp(0, key.shape[2] - 1)[:, None, :, None]
