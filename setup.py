@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.15", "pyright>=1.1.400", "triton>=3.6"],
+    "eval": ["lm-eval>=0.4.13", "sacrebleu>=2.5", "rouge-score>=0.1.2"],
     "gguf": ["gguf>=0.10"],
     "triton": ["triton>=3.6"],
     "flash-attn": ["flash-attn>=2.7"],

@@ -44,12 +44,15 @@ def attend(
             "forward", [f"attention dropout of {dropout}"], "config.attention_dropout = 0 while training"
         )
     step, cache = shared
+    if step.decodes is not None and cache is not None:
+        decode = step.decodes[cache.layers[module.layer_idx].kind]
+        return decode.attend(query, key, value, scaling, softcap, s_aux), None
     layer = None if cache is None else cache.layers[module.layer_idx]
     settings = step.layers[module.layer_idx]
     config = settings.config
     oldest = step.past + step.count - key.shape[2]
     far = {}
-    if config.global_branch:
+    if config.global_branch and step.far_phase is not None:
         if layer is None:
             key_far, value_far, _ = step.sinks(key, value, oldest, settings.rotated)
         else:

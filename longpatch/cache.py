@@ -8,17 +8,21 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .config import LambdaConfig
+from .decode import Decode
 from .errors import LongpatchError
 from .layers import LayerSettings, layer_settings
 from .padding import Padding
+from .rope import ExactRotary, rotate
 from .step import Step
 
 
 class LambdaLayer(CacheLayerMixin):
-    """One layer's keys and values: `[B, Hkv, G + L + slack, d]` each, sinks first, then a ring of the latest tokens.
+    """One layer's sinks and a ring of its latest tokens.
 
-    Sinks are kept turned back to position 0. Token `t` of the text sits at place `t % (L + slack)` of the ring.
-    `written` is the largest length the ring has held: entries from before `written - (L + slack)` are gone.
+    `keys` [B, Hkv, 3 G + ring, d]: the sinks at position 0, the same a quarter turn on, the same where a decode step
+    sees them, the ring. `values` [B, Hkv, G + ring, d]. Token `t` of the text sits at place `t % (L + slack)` of the
+    ring, which grows to that size with the text unless `static`. `length` counts the tokens seen, `written` is the
+    largest length the ring has held: entries from before `written - (L + slack)` are gone. All layers share these two.
     """
 
     is_sliding = False
@@ -26,19 +30,41 @@ class LambdaLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, settings: LayerSettings):
+    def __init__(self, settings: LayerSettings, kind: int, length: Tensor, written: Tensor, static: bool = False):
         super().__init__()
-        self.config, self.rotated = settings.config, settings.rotated
+        self.config, self.rotated, self.kind = settings.config, settings.rotated, kind
+        self.length, self.written, self.is_compileable = length, written, static
         self.ring_size = self.config.local_branch + self.config.slack
-        self.length = self.written = self.ring_start = 0
+        self.ring_start = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        tokens = self.config.global_branch + self.ring_size
-        self.keys, self.values = (
-            states.new_zeros((*states.shape[:2], tokens, states.shape[3])) for states in (key_states, value_states)
-        )
+        self.keys, self.values = self._buffers(key_states, value_states, key_states.shape[2])
         self.is_initialized = True
+
+    def _buffers(self, key_states: Tensor, value_states: Tensor, tokens: int) -> list[Tensor]:
+        """Room for the sinks and at least `tokens` ring entries; entries that were never written are never read.
+
+        A static cache reads them, and masks them: they have to be numbers.
+        """
+        sinks = self.config.global_branch
+        ring = self.ring_size if self.is_compileable else min(self.ring_size, max(64, tokens))
+        buffers = []
+        for states, fixed in ((key_states, 3 * sinks), (value_states, sinks)):
+            shape = (*states.shape[:2], fixed + ring, states.shape[3])
+            buffers.append(states.new_zeros(shape) if self.is_compileable else states.new_empty(shape))
+            buffers[-1][:, :, :fixed] = 0
+        return buffers
+
+    def _make_room(self, past: int, count: int) -> None:
+        """Double the ring until `count` more tokens fit, or it has its full size."""
+        room = self._ring(self.keys).shape[2]
+        if room == self.ring_size or past + count <= room:
+            return
+        grown = self._buffers(self.keys, self.values, max(2 * room, past + count))
+        for old, new in zip((self.keys, self.values), grown, strict=True):
+            new[:, :, : old.shape[2]] = old
+        self.keys, self.values = grown
 
     @property
     def sink_keys(self) -> Tensor:
@@ -49,28 +75,53 @@ class LambdaLayer(CacheLayerMixin):
         return self.values[:, :, : self.config.global_branch]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Take in new keys and values [B, Hkv, n, d]; return all that their windows reach, wrapping at `ring_start`."""
+        """Take in new keys and values [B, Hkv, n, d]; return all that their windows reach, wrapping at `ring_start`.
+
+        In a decode step return the sinks, turned to where the new token sees them, and the ring.
+        """
         (step,) = args
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        past, count = self.length, key_states.shape[2]
-        assert past == step.past
-        self._keep_sinks(key_states.detach(), value_states.detach(), step)
+        if step.decodes is not None:
+            return self._decode(key_states, value_states, step, step.decodes[self.kind])
+        past, count = step.past, key_states.shape[2]
+        keys, values = key_states.detach(), value_states.detach()
         differentiable = key_states.requires_grad or value_states.requires_grad
         in_ring = past > 0 and count <= self.config.slack + 1 and not differentiable
-        window = None if in_ring else self._window()
-        self._write(key_states.detach(), value_states.detach())
-        self.length = past + count
-        self.written = max(self.written, self.length)
-        if window is not None:
+        window = None if in_ring or not past else self._window(past)
+        self._keep_sinks(keys, values, step)
+        self._make_room(int(past), count)
+        self._write(keys, values, past)
+        if not in_ring:
             self.ring_start = 0
-            if not past:
+            if window is None:
                 return key_states, value_states
             return torch.cat((window[0], key_states), dim=2), torch.cat((window[1], value_states), dim=2)
-        wrapped = self.written > self.ring_size
-        self.ring_start = self.length % self.ring_size if wrapped else 0
-        held = self.ring_size if wrapped else self.length
+        length = past + count
+        wrapped = max(step.written, length) > self.ring_size
+        self.ring_start = length % self.ring_size if wrapped else 0
+        held = self.ring_size if wrapped else length
         return self._ring(self.keys)[:, :, :held], self._ring(self.values)[:, :, :held]
+
+    def _decode(self, key: Tensor, value: Tensor, step: Step, decode: Decode) -> tuple[Tensor, Tensor]:
+        self._keep_sinks(key, value, step)
+        sinks = self.config.global_branch
+        if isinstance(decode.place, Tensor):
+            self._ring(self.keys).index_copy_(2, decode.place[None], key)
+            self._ring(self.values).index_copy_(2, decode.place[None], value)
+        else:
+            self._make_room(int(step.past), 1)
+            place = decode.place + sinks
+            self.values[:, :, place : place + 1] = value
+            place += 2 * sinks
+            self.keys[:, :, place : place + 1] = key
+        stop = sinks + decode.held
+        if not decode.sinks:
+            return self.keys[:, :, 3 * sinks : 2 * sinks + stop], self.values[:, :, sinks:stop]
+        if self.rotated and decode.cos is not None and decode.sin is not None:
+            still, quarter, turned = self.keys[:, :, : 3 * sinks, : decode.cos.shape[-1]].split(sinks, dim=2)
+            turned.copy_(torch.addcmul(still * decode.cos, quarter, decode.sin))
+        return self.keys[:, :, 2 * sinks : 2 * sinks + stop], self.values[:, :, :stop]
 
     def sinks(self, key: Tensor, value: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Keys and values [B, Hkv, G, d] of the sinks; `key` and `value` are what `update` returned.
@@ -79,60 +130,57 @@ class LambdaLayer(CacheLayerMixin):
         """
         if step.sink_phase is None or not (key.requires_grad or value.requires_grad):
             return self.sink_keys, self.sink_values
-        fresh_keys, fresh_values, present = step.sinks(key, value, self.length - key.shape[2], self.rotated)
+        first_column = step.past + step.count - key.shape[2]
+        fresh_keys, fresh_values, present = step.sinks(key, value, first_column, self.rotated)
         present = present[:, None, :, None]
         return torch.where(present, fresh_keys, self.sink_keys), torch.where(present, fresh_values, self.sink_values)
 
     def _ring(self, states: Tensor) -> Tensor:
-        return states[:, :, self.config.global_branch :]
+        return states[:, :, self.config.global_branch * (3 if states is self.keys else 1) :]
 
     def _keep_sinks(self, keys: Tensor, values: Tensor, step: Step) -> None:
         if step.sink_phase is None or not self.config.global_branch:
             return
-        sink_keys, sink_values, present = step.sinks(keys, values, self.length, self.rotated)
+        sink_keys, sink_values, present = step.sinks(keys, values, step.past, self.rotated)
         present = present[:, None, :, None]
-        self.sink_keys.copy_(torch.where(present, sink_keys, self.sink_keys))
+        sink_keys = torch.where(present, sink_keys, self.sink_keys)
+        self.keys[:, :, : 3 * self.config.global_branch] = torch.cat(
+            (sink_keys, rotate(sink_keys, step.quarter_turn), sink_keys), dim=2
+        )
         self.sink_values.copy_(torch.where(present, sink_values, self.sink_values))
 
-    def _window(self) -> tuple[Tensor, Tensor]:
+    def _window(self, past: int) -> tuple[Tensor, Tensor]:
         """Copies of the cached keys and values that the next token's window reaches, in time order."""
-        start = max(0, self.length - self.config.local_branch + 1)
-        place = torch.arange(start, self.length, device=self.keys.device) % self.ring_size
+        start = max(0, past - self.config.local_branch + 1)
+        place = torch.arange(start, past, device=self.keys.device) % self.ring_size
         return self._ring(self.keys).index_select(2, place), self._ring(self.values).index_select(2, place)
 
-    def _write(self, keys: Tensor, values: Tensor) -> None:
+    def _write(self, keys: Tensor, values: Tensor, past: int) -> None:
         count = min(keys.shape[2], self.ring_size)
         skipped = keys.shape[2] - count
-        place = (self.length + skipped) % self.ring_size
+        place = (past + skipped) % self.ring_size
         until_end = min(count, self.ring_size - place)
         for held, new in ((self._ring(self.keys), keys), (self._ring(self.values), values)):
             held[:, :, place : place + until_end] = new[:, :, skipped : skipped + until_end]
-            held[:, :, : count - until_end] = new[:, :, skipped + until_end :]
+            if until_end < count:
+                held[:, :, : count - until_end] = new[:, :, skipped + until_end :]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return int(self.length) + query_length, 0
 
     def get_seq_length(self) -> int:
         """Tokens seen so far, which is what positions and masks are made from; not the number held."""
-        return self.length
+        return int(self.length)
 
     def get_max_length(self) -> int:
         return -1
 
     get_max_cache_shape = get_max_length
 
-    def reset(self) -> None:
-        super().reset()
-        self.length = self.written = self.ring_start = 0
-
     def removable(self) -> int:
         """How many of the latest tokens can be taken back exactly."""
-        if self.written <= self.ring_size:
-            return self.length
-        return self.config.slack - (self.written - self.length)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        self.length -= tokens_to_remove
+        length, written = int(self.length), int(self.written)
+        return length if written <= self.ring_size else self.config.slack - (written - length)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
@@ -148,15 +196,17 @@ class LambdaCache(Cache):
     """Sinks and a ring of the latest tokens: constant memory, however long the text.
 
     It reports the true number of tokens seen, and works with one-shot and chunked prefill, beams, batches, continued
-    generations and `crop` (exact for the last `slack` tokens). Memory in bytes, for any number of tokens::
+    generations and `crop` (exact for the last `slack` tokens). It grows up to this many bytes and no further::
 
-        2 * layers * batch * key_value_heads * (global_branch + local_branch + slack) * head_dim * bytes_per_number
+        2 * layers * batch * key_value_heads * (2 * global_branch + local_branch + slack) * head_dim * bytes_per_number
 
     Layers that slide in a model that has full layers too hold their own `sliding_window + slack` tokens and no sinks.
 
     Args:
         config: config of a converted model (`model.config`).
         offloading: keep the layers that do not run just now on the CPU.
+        static: take all of the memory at the first token, so that every decode step has the same shapes: with
+            `torch.compile` one graph serves all of them.
 
     Raises:
         LongpatchError: if the config is not that of a converted model.
@@ -164,12 +214,18 @@ class LambdaCache(Cache):
 
     layers: list[LambdaLayer]
 
-    def __init__(self, config: PreTrainedConfig, offloading: bool = False):
+    def __init__(self, config: PreTrainedConfig, offloading: bool = False, static: bool = False):
         marker = getattr(config, "longpatch", None)
         if marker is None:
             raise LongpatchError("LambdaCache", ["config has no longpatch settings"], "the config of a converted model")
-        self.config = LambdaConfig(**marker)
-        layers: list[Any] = [LambdaLayer(settings) for settings in layer_settings(config, self.config)]
+        self.config, self.static = LambdaConfig(**marker), static
+        # Tensors, so that a compiled graph can count; on the CPU, so that reading them waits for no GPU.
+        self.length, self.written = torch.tensor(0), torch.tensor(0)
+        settings = layer_settings(config, self.config)
+        self.kinds = list(dict.fromkeys(layer.config for layer in settings))
+        layers: Any = [
+            LambdaLayer(layer, self.kinds.index(layer.config), self.length, self.written, static) for layer in settings
+        ]
         super().__init__(layers, offloading=offloading)
         self.padding = Padding()
         self._step: Step | None = None
@@ -178,20 +234,53 @@ class LambdaCache(Cache):
         """Announce the forward that is about to happen; `update` needs to know the rows' padding and phases."""
         self._step, self.padding = step, padding
 
+    def end(self) -> None:
+        """Count the tokens of the forward that has happened: one that failed half-way has not."""
+        if self._step is not None:
+            self.length += self._step.count
+            torch.maximum(self.length, self.written, out=self.written)
+            self._step = None
+
+    def counts(self, short: bool) -> tuple[int | Tensor, int]:
+        """Tokens seen, and the largest number that were; in a compiled decode step a tensor, and nothing."""
+        if short and torch.compiler.is_compiling():
+            return self.length, 0
+        return int(self.length), int(self.written)
+
+    def decodes(self, rotary: ExactRotary, positions: Tensor, past, written: int, first_valid) -> list[Decode]:
+        """What the short way of the next token needs, for each kind of layer."""
+        dtype = self.layers[0].dtype
+        return [Decode.create(kind, rotary, positions, past, written, first_valid, dtype) for kind in self.kinds]
+
+    def reads_shortly(self, count: int) -> bool:
+        """Whether the next `count` tokens can take the short way of `Decode`, which has no gradients."""
+        if count != 1 or torch.is_grad_enabled() or self.config.implementation != "auto":
+            return False
+        layer = self.layers[0]
+        if torch.compiler.is_compiling():
+            return self.static
+        return layer.is_initialized and layer.device.type == "cpu" and layer.dtype in (torch.float32, torch.float64)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         """Store new keys and values [B, Hkv, n, d]; return those that the new tokens' windows reach."""
         if self._step is None:
             raise LongpatchError(
-                "LambdaCache.update", ["the model is not converted"], "models after convert_model(model)"
+                "LambdaCache.update", ["the model is not converted"], "model(...) after convert_model(model)"
             )
         return super().update(key_states, value_states, layer_idx, self._step)
 
-    def has_sinks(self) -> bool:
-        """Whether every row's sinks are in, so that none of them can be among later tokens."""
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen so far, which is what positions and masks are made from; not the number held."""
+        return int(self.length)
+
+    def has_sinks(self, length: int | Tensor) -> bool:
+        """Whether every row's sinks are in, so that none can be among later tokens; False if that is unknown."""
+        if isinstance(length, Tensor):
+            return False
         latest = 0 if self.padding.first_valid is None else int(self.padding.first_valid.max())
-        return self.get_seq_length() >= latest + self.config.global_branch
+        return length >= latest + self.config.global_branch
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` tokens; a positive number is the length to cut to, as in DynamicCache.
@@ -209,13 +298,14 @@ class LambdaCache(Cache):
                 [f"{count} tokens to remove, but the ring can restore {possible}"],
                 f"up to {self.config.slack} tokens (LambdaConfig.slack)",
             )
-        for layer in self.layers:
-            layer.crop(count)
+        self.length -= count
         if self.padding.first_valid is not None:
             self.padding = Padding(self.padding.first_valid.clamp_max(length - count), self.padding.right)
 
     def reset(self) -> None:
         super().reset()
+        self.length.zero_()
+        self.written.zero_()
         self.padding = Padding()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

@@ -3,24 +3,29 @@
 import copy
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from . import attention
 from .config import LambdaConfig
 from .errors import LongpatchError
 from .families import FAMILIES, reasons_against, supported_families
+from .families.falcon import convert_attention as convert_falcon_attention
 from .families.gptj import convert_attention as convert_gptj_attention
 from .families.mpt import convert_attention as convert_mpt_attention
-from .forward import prepare_cache, prepare_forward, share_as_mask
+from .forward import finish_forward, prepare_cache, prepare_drafts, prepare_forward, prepare_mask, share_as_mask
 from .layers import LayerSettings, layer_settings, sliding_layers
 from .rope import ExactRotary, exact_rotary
 
 Model = TypeVar("Model", bound=nn.Module)
-_MISSING = object()
-CODE = {"mpt": convert_mpt_attention, "gptj": convert_gptj_attention}
+CODE = {"falcon": convert_falcon_attention, "gptj": convert_gptj_attention, "mpt": convert_mpt_attention}
+
+
+class Missing:
+    """What `Conversion` remembers of an attribute that was not there; a class, so that copies know it again."""
 
 
 class Conversion:
@@ -29,25 +34,37 @@ class Conversion:
     def __init__(self, config: LambdaConfig, layers: tuple[LayerSettings, ...]):
         self.config, self.layers = config, layers
         self.rotary: ExactRotary  # phases of the layers that see sinks
+        self.alibi_slopes: Tensor | None = None  # [Hq] of a family that has them
         self._changes: list[tuple[Any, str, Any]] = []
         self._hooks = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute, remembering what was there."""
-        instance_value = vars(owner).get(name, _MISSING)
+        instance_value = vars(owner).get(name, Missing)
         if isinstance(owner, nn.Module) and name in owner._modules:
             instance_value = owner._modules[name]
         self._changes.append((owner, name, instance_value))
         setattr(owner, name, value)
 
-    def hook(self, module: nn.Module, function) -> None:
+    def hook(self, module: nn.Module, function: Callable) -> None:
         self._hooks.append(module.register_forward_pre_hook(function, with_kwargs=True))
+
+    def replace_forward(self, module: nn.Module, function: Callable, *args: Any) -> None:
+        """Replace a module's innermost forward by `function(module, *args, ...)`, a function of some file's top level.
+
+        So it survives deepcopy and pickle, and hooks of accelerate around the forward stay in place.
+        """
+        slot = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        self.set(module, slot, functools.partial(function, module, *args))
+
+    def hook_after(self, module: nn.Module, function: Callable) -> None:
+        self._hooks.append(module.register_forward_hook(function, with_kwargs=True))
 
     def undo(self) -> None:
         for handle in self._hooks:
             handle.remove()
         for owner, name, value in reversed(self._changes):
-            if value is _MISSING:
+            if value is Missing:
                 delattr(owner, name)
             else:
                 setattr(owner, name, value)
@@ -199,8 +216,11 @@ def _convert(model: PreTrainedModel, settings: LambdaConfig) -> None:
         conversion.rotary = convert_attention(model, conversion)
         for owner in {id(model): model, id(base): base}.values():
             conversion.set(owner, "longpatch", conversion)
+        conversion.hook_after(base, finish_forward)
         if hasattr(model, "_prepare_cache_for_generation"):
             conversion.set(model, "_prepare_cache_for_generation", functools.partial(prepare_cache, model))
+            conversion.set(model, "_get_candidate_generator", functools.partial(prepare_drafts, model))
+            conversion.set(model, "create_masks_for_generate", prepare_mask)
     except BaseException:
         conversion.undo()
         raise

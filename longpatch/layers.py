@@ -20,7 +20,9 @@ def sliding_layers(config: Any) -> list[bool]:
     if not getattr(config, "sliding_window", None):
         return [False] * config.num_hidden_layers
     layer_types = getattr(config, "layer_types", None)
-    return [kind == "sliding_attention" for kind in layer_types or ["sliding_attention"] * config.num_hidden_layers]
+    if FAMILIES[config.model_type].slides_whole or not layer_types:
+        return [True] * config.num_hidden_layers
+    return [kind == "sliding_attention" for kind in layer_types]
 
 
 def layer_settings(config: Any, settings: LambdaConfig) -> tuple[LayerSettings, ...]:

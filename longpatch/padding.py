@@ -46,9 +46,9 @@ def read_padding(mask: Tensor | None, positions: Tensor | None, known: Padding, 
             [f"attention_mask has shape {shape}, the model has {cached}"],
             f"[batch, {past + count}], 1 = token",
         )
+    if past and count == 1 and ((mask.is_cuda and known.first_valid is None) or mask[:, -1].all()):
+        return known  # decoding; on a GPU even this look would make the CPU wait
     new = mask[:, past:].bool()
-    if past and count == 1 and mask.is_cuda and known.first_valid is None:
-        return known  # decoding: looking at the mask would make the CPU wait for the GPU
     _refuse_packed(positions, new)
     if known.first_valid is None:
         started = torch.full_like(new[:, 0], past > 0)

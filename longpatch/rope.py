@@ -24,6 +24,9 @@ class Phase(NamedTuple):
     sin: Tensor
     interleaved: bool = False
 
+    def scaled(self, factor: float) -> "Phase":
+        return self._replace(cos=self.cos * factor, sin=self.sin * factor)
+
 
 def rotate(states: Tensor, phase: Phase) -> Tensor:
     """Rotate `states` [B, heads, tokens, head_dim] by `phase` in float32; dimensions past rotary_dim stay."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .config import LambdaConfig
+from .decode import Decode
 from .layers import LayerSettings
 from .rope import ExactRotary, Phase, rotate
 
@@ -15,12 +16,14 @@ class Step:
     """One forward over `count` new tokens that follow `past` cached ones. Columns count from the first cached token."""
 
     layers: tuple[LayerSettings, ...]
-    past: int
+    past: int | Tensor  # a tensor only in a compiled decode step
     count: int
     first_valid: Tensor | None  # [B]: column of each row's first token; None = 0 everywhere
     sink_columns: Tensor  # [1 or B, G]
     sink_phase: Phase | None  # R(-position) of the sinks; None once the cache holds them all
-    far_phase: Phase  # R(distance - position) of the new tokens
+    far_phase: Phase | None  # R(distance - position) of the new tokens; None where none of them sees a far sink
+    written: int = 0  # the largest length the cache has held
+    decodes: list[Decode] | None = None  # where one new token a row goes the short way: by `LambdaLayer.kind`
 
     @classmethod
     def create(
@@ -29,9 +32,11 @@ class Step:
         layers: tuple[LayerSettings, ...],
         rotary: ExactRotary,
         positions: Tensor,
-        past: int,
+        past: int | Tensor,
         first_valid: Tensor | None,
         sinks_cached: bool,
+        written: int = 0,
+        decodes: list[Decode] | None = None,
     ) -> "Step":
         """`positions` [1 or B, count] are the position ids of the new tokens."""
         count = positions.shape[1]
@@ -46,12 +51,18 @@ class Step:
             cached = positions[:, -1:] - (past + count - 1) + sink_columns
             sink_positions = torch.where(sink_columns < past, cached, positions.expand(rows, -1).gather(1, new))
             sink_phase = rotary.phase(-sink_positions)
-        return cls(
-            layers, past, count, first_valid, sink_columns, sink_phase, rotary.phase(config.distance - positions)
-        )
+        far = decodes is None and config.global_branch and past + count > config.local_branch
+        far_phase = rotary.phase(config.distance - positions) if far else None
+        return cls(layers, past, count, first_valid, sink_columns, sink_phase, far_phase, written, decodes)
+
+    @property
+    def quarter_turn(self) -> Phase:
+        assert self.sink_phase is not None
+        cos, sin, interleaved = self.sink_phase
+        return Phase(torch.zeros_like(cos), torch.ones_like(sin), interleaved)
 
     def sinks(
-        self, key: Tensor, value: Tensor, first_column: int, rotated: bool = True
+        self, key: Tensor, value: Tensor, first_column: int | Tensor, rotated: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Pick the sinks out of keys and values [B, Hkv, m, d] whose first entry stands at `first_column`.
 
@@ -80,5 +91,6 @@ class Step:
             first_valid=None if self.first_valid is None else move(self.first_valid),
             sink_columns=move(self.sink_columns),
             sink_phase=None if self.sink_phase is None else move_phase(self.sink_phase),
-            far_phase=move_phase(self.far_phase),
+            far_phase=None if self.far_phase is None else move_phase(self.far_phase),
+            decodes=None if self.decodes is None else [decode.to(device, non_blocking) for decode in self.decodes],
         )

@@ -3,6 +3,7 @@
 import copy
 import types
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ COMMON = {
 }
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 100.0, "original_max_position_embeddings": 16}
 PER_TYPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0},
@@ -53,6 +55,10 @@ CASES = {
     "cohere": Case(interleaved=True),
     "cohere-qk_norm": Case({"use_qk_norm": True}, "cohere", interleaved=True),
     "cohere2": Case(MIXED, interleaved=True, unrotated=(1,), sliding=(0,)),
+    "falcon": Case({"num_kv_heads": 1, "alibi": False}),
+    "falcon-yarn": Case({"num_kv_heads": 1, "alibi": False, "rope_parameters": YARN}, "falcon"),
+    "falcon-multi_head": Case({"alibi": False, "multi_query": False}, "falcon"),
+    "falcon-new_decoder": Case({"num_kv_heads": 2, "alibi": False, "new_decoder_architecture": True}, "falcon"),
     "gemma": Case({"head_dim": 16}),
     "gemma2": Case(MIXED | {"head_dim": 16, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 4}, sliding=(0,)),
     "gemma3_text": Case(MIXED | {"head_dim": 16, "rope_parameters": PER_TYPE}, sliding=(0,)),
@@ -86,7 +92,7 @@ CASES = {
 }
 
 
-def tiny_model(name, seed=0, dtype=torch.float64):
+def tiny_model(name, seed=0, dtype=torch.float64) -> Any:
     """An unconverted model in eval mode, in float64: what is compared is the method, not rounding."""
     case = CASES[name]
     config = AutoConfig.for_model(case.model_type or name, **COMMON | case.settings)
@@ -124,10 +130,13 @@ def reference_model(name, window, sinks, distance, first=None):
         }
         if config.model_type == "gptj":
             module.forward = types.MethodType(raw_gptj, module)
+        if config.model_type == "falcon":
+            module.forward = types.MethodType(raw_falcon, module)
         if config.model_type == "mpt":
             module.forward = types.MethodType(raw_mpt, module)
     if hasattr(base, "rotary_emb"):
-        model.set_attn_implementation("definition")
+        if config.model_type != "falcon":
+            model.set_attn_implementation("definition")
         base.rotary_emb = NoRotation(base.rotary_emb)
     return model
 
@@ -159,6 +168,13 @@ def raw_gptj(module, hidden_states, **kwargs):
     query, key, value = (x.view(*x.shape[:2], -1, module.head_dim).transpose(1, 2) for x in states)
     out, _ = definition(module, query, key, value, None, module.head_dim**-0.5)
     return module.out_proj(out.flatten(2)), None
+
+
+def raw_falcon(module, hidden_states, position_embeddings, **kwargs):
+    query, key, value = (x.transpose(1, 2) for x in module._split_heads(module.query_key_value(hidden_states)))
+    yarn = position_embeddings[0].unsqueeze(1)
+    out, _ = definition(module, query * yarn, key * yarn, value, None, module.head_dim**-0.5)
+    return module.dense(out.flatten(2)), None
 
 
 def raw_mpt(module, hidden_states, **kwargs):

@@ -110,19 +110,35 @@ def test_beams_reorder_the_cache_and_its_padding():
 
 
 def formula(batch, key_heads, head_dim, layers, bytes_per_number=4):
-    return 2 * layers * batch * key_heads * (SINKS + WINDOW + 8) * head_dim * bytes_per_number
+    return 2 * layers * batch * key_heads * (2 * SINKS + WINDOW + 8) * head_dim * bytes_per_number
+
+
+def storage_bytes(cache):
+    storages = [t.untyped_storage() for layer in cache.layers for t in (layer.keys, layer.values)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @torch.no_grad()
-def test_memory_is_the_documented_formula_after_any_number_of_tokens():
+@pytest.mark.parametrize("static", [False, True])
+def test_memory_is_the_documented_formula_after_any_number_of_tokens(static):
     model = converted()
-    _, cache = read_in_chunks(model, random_ids(2, 5), (5,))
-    expected = formula(2, 2, 16, 2)
+    cache, expected = LambdaCache(model.config, static=static), formula(2, 2, 16, 2)
     for _ in range(4):
-        assert cache_bytes(cache) == expected
-        storages = [t.untyped_storage() for layer in cache.layers for t in (layer.keys, layer.values)]
-        assert sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) == expected
-        read_in_chunks(model, random_ids(2, 60), (60,), cache=cache)
+        read_in_chunks(model, random_ids(2, 30), (30,), cache=cache)
+        assert cache_bytes(cache) == storage_bytes(cache) == expected
+
+
+@torch.no_grad()
+def test_a_short_text_takes_a_short_cache():
+    """With the window of a long-context model a short prompt must not take gigabytes."""
+    model = convert_llama_model(tiny_llama(), 50_000, 3)
+    cache = LambdaCache(model.config)
+    for length in (20, 150, 151, 700):
+        read_in_chunks(
+            model, random_ids(1, length - cache.get_seq_length()), (1 if length == 151 else 1000,), cache=cache
+        )
+        tokens = max(64, 2 * length) + 2 * SINKS
+        assert storage_bytes(cache) <= 2 * 2 * 2 * tokens * 16 * 4
 
 
 class Largest(TorchDispatchMode):
@@ -252,7 +268,7 @@ def test_quantised_cache_is_refused():
         converted()(random_ids(1, 5), past_key_values=Fake())
 
 
-@pytest.mark.parametrize("implementation", ["static", "quantized", "sliding_window"])
+@pytest.mark.parametrize("implementation", ["quantized", "sliding_window"])
 def test_cache_implementations_of_generate_are_refused(implementation):
     with pytest.raises((LongpatchError, ValueError), match=r"cache_implementation"):
         converted().generate(random_ids(1, 5), max_new_tokens=2, cache_implementation=implementation)

@@ -1,11 +1,26 @@
 """Every family: within the window the original, past it the definition, generated, trained, reverted."""
 
+import copy
+import pickle
+import re
+from typing import Any
+
 import pytest
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
-from longpatch import convert_gpt_j_model, convert_model, convert_mpt_model, revert_model
+from longpatch import LongpatchError, convert_gpt_j_model, convert_model, convert_mpt_model, revert_model
 from longpatch.families import FAMILIES
-from tests.families import CASES, reference_model, tiny_model
+from tests.families import CASES, COMMON, reference_model, tiny_model
 from tests.tiny import random_ids, read_in_chunks
 
 WINDOW, SINKS, DISTANCE = 16, 4, 20
@@ -13,7 +28,7 @@ CONVERT = {"mpt": convert_mpt_model, "gptj": convert_gpt_j_model}
 every_family = pytest.mark.parametrize("name", CASES)
 
 
-def converted(name):
+def converted(name) -> Any:
     model = tiny_model(name)
     convert = CONVERT.get(model.config.model_type, convert_model)
     assert convert(model, WINDOW, SINKS, limit_distance=DISTANCE) is model
@@ -89,3 +104,95 @@ def test_revert_is_bit_identical(name):
     assert torch.equal(model(ids).logits, expected)
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(state[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_sliding_layers_hold_their_own_window():
+    model = converted("gemma3_text")
+    cache = model(random_ids(1, 100)).past_key_values
+    slack = model.longpatch.config.slack
+    assert [layer.keys.shape[2] for layer in cache.layers] == [8 + slack, SINKS + WINDOW + slack]
+
+
+def test_the_default_window_is_what_the_model_was_trained_with():
+    windows = {name: convert_model(tiny_model(name)).longpatch.config.local_branch for name in SLIDING}
+    assert windows == SLIDING
+
+
+SLIDING = {"mistral": 64, "mistral-sliding": 40, "gemma2": 64, "mpt": 64, "gptj": 64}
+
+
+def test_where_every_layer_slides_the_window_is_at_most_that():
+    with pytest.raises(LongpatchError, match="local_branch=41 is more than the sliding window"):
+        convert_model(tiny_model("mistral-sliding"), 41)
+
+
+@pytest.mark.parametrize("name", ["gptj", "falcon", "stablelm", "gemma3_text"])
+@torch.no_grad()
+def test_shifting_the_text_by_a_billion_changes_nothing(name):
+    model, ids = converted(name), random_ids(1, 60)
+    positions = torch.arange(60)[None] + 10**9
+    assert_close(model(ids, position_ids=positions).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["falcon", "gptj", "mpt", "stablelm", "gpt_oss"])
+def test_copies_and_checkpointing_work_where_the_step_takes_another_way(name, tmp_path):
+    """Two forwards before one backward: a layer that is computed again must see its own forward's step."""
+    model, ids = converted(name), [random_ids(1, 40, seed) for seed in (0, 1)]
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    twin.gradient_checkpointing_enable()
+    for each in (model, twin):
+        each.train()
+        (each(ids[0], labels=ids[0]).loss + each(ids[1][:, :30], labels=ids[1][:, :30]).loss).backward()
+    for expected, actual in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(actual.grad, expected.grad)
+    twin.eval().save_pretrained(tmp_path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager").eval()
+    convert_model(loaded)
+    assert loaded.longpatch.config == model.longpatch.config
+    assert_close(loaded(ids[0]).logits, model.eval()(ids[0]).logits)
+    assert torch.equal(revert_model(twin)(ids[0]).logits, tiny_model(name)(ids[0]).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["falcon", "gptj", "mpt", "gpt_oss", "gemma2", "cohere2", "smollm3"])
+@torch.no_grad()
+def test_half_precision_stays_near_float64(name, dtype):
+    ids = random_ids(1, 80)
+    exact = converted(name)(ids).logits
+    model = convert_model(tiny_model(name, dtype=dtype), WINDOW, SINKS, limit_distance=DISTANCE)
+    rounding = (tiny_model(name, dtype=dtype)(ids[:, :WINDOW]).logits - exact[:, :WINDOW]).abs().max()
+    actual, _ = read_in_chunks(model, ids, (30, 1))
+    assert actual.dtype == dtype
+    assert (actual - exact).abs().max() < 6 * rounding
+
+
+REFUSED = {
+    "Gemma3": (Gemma3Config, {}, "more than text; its text part, 'gemma3_text'"),
+    "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 1, "n_head": 2}, "'gpt2': its learned position embeddings end"),
+    "falcon": (FalconConfig, COMMON | {"alibi": True}, "Falcon with `alibi=True`"),
+    "gemma3_text": (Gemma3TextConfig, COMMON | {"use_bidirectional_attention": True}, "attention that looks ahead"),
+    "llama": (LlamaConfig, COMMON | {"layer_types": ["linear_attention"] * 2}, "layers that neither slide"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_right_is_refused_with_its_reason(name):
+    config_class, settings, reason = REFUSED[name]
+    with torch.device("meta"):
+        model = PreTrainedModel(config_class(**settings))
+    with pytest.raises(LongpatchError, match=re.escape(reason)):
+        convert_model(model, 8)
+
+
+def test_a_multimodal_model_is_refused_and_its_text_part_is_not():
+    text = Gemma3TextConfig(**COMMON | CASES["gemma3_text"].settings)
+    config = Gemma3Config(
+        text_config=text.to_dict(),
+        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                       "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(LongpatchError, match="'gemma3': more than text"):
+        convert_model(model, 16)
+    assert convert_model(Gemma3ForCausalLM(text), 16, 4)(random_ids(1, 40)).logits.shape == (1, 40, 97)

@@ -9,6 +9,8 @@ from .command import add_commands
 COMMANDS = {
     "demo": "see on real text what conversion does",
     "eval": "measure a model: perplexity, passkey, ...",
+    "lm-eval": "lm-evaluation-harness with converted models",
+    "report": "tables, plots and comparisons of recorded results",
 }
 
 

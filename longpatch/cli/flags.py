@@ -1,6 +1,7 @@
-"""Flags that commands share, and the model they ask for."""
+"""Flags that commands share, and what they ask for: a model, arms, a run."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,16 +9,32 @@ import torch
 from longpatch_kernels import IMPLEMENTATIONS
 
 from ..convert import convert_model
+from ..evaluation.arms import SYNTAX, Arm, check_arms, converted_arm, parse_arms
+from ..evaluation.run import Run
 from ..models import load_model
 
 MODEL_HELP = "a folder, a hub name, a .gguf file, 'demo' (the small model inside this package) or 'smollm2'"
+TEMPLATE_HELP = "chat template: auto (the tokenizer's where it has one), none, a template's name, or a Jinja file"
 
 
 def positive(text: str) -> int:
-    value = int(text)
+    value = int(text.replace(",", "").replace("_", ""))
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
+
+
+def numbers(text: str) -> list[int]:
+    """Positive numbers, separated by commas."""
+    return [positive(part) for part in text.split(",")]
+
+
+def fractions(text: str) -> list[float]:
+    """A number of even steps from 0 to 1, or the fractions themselves, separated by commas."""
+    if text.isdigit():
+        steps = positive(text)
+        return [step / max(1, steps - 1) for step in range(steps)]
+    return [float(part) for part in text.split(",")]
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +43,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--local-branch", type=int, metavar="L", help="window in tokens (default: the training length)")
     group.add_argument("--global-branch", type=int, metavar="G", help="first tokens that stay visible (default: 10)")
     group.add_argument("--limit-distance", type=int, metavar="D", help="distance at which they appear (default: L)")
+    group.add_argument("--no-convert", action="store_true", help="leave the model as it is")
     group.add_argument("--attn", choices=("auto", *IMPLEMENTATIONS), default="auto", help="attention implementation")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    group.add_argument("--peft", metavar="ADAPTER", help="a LoRA to load on top, folder or hub name")
+    group.add_argument("--device-map", metavar="MAP", help="'auto', 'cpu', 'cuda:0', ...: where the layers go")
+    group.add_argument("--load-in-4bit", action="store_true", help="quantise to nf4 while loading (bitsandbytes)")
+    group.add_argument("--tp", action="store_true", help="tensor parallel over the processes of torchrun")
     group.add_argument("--seed", type=int, default=0)
 
 
@@ -43,12 +65,66 @@ def conversion_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The `(model, tokenizer)` that the flags ask for, unconverted."""
-    return load_model(arguments.model, getattr(torch, arguments.dtype))
+    return load_model(
+        arguments.model,
+        getattr(torch, arguments.dtype),
+        adapter=arguments.peft,
+        device_map=arguments.device_map,
+        load_in_4bit=arguments.load_in_4bit,
+        tensor_parallel=arguments.tp,
+    )
 
 
 def open_converted(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The same, converted unless `--no-convert` was given."""
     model, tokenizer = open_model(arguments)
-    if not getattr(arguments, "no_convert", False):
+    if not arguments.no_convert:
         convert_model(model, **conversion_settings(arguments))
     return model, tokenizer
+
+
+def loading_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What records say about how the model was loaded: the flags that were given."""
+    given = {"dtype": arguments.dtype, "peft": arguments.peft, "load_in_4bit": arguments.load_in_4bit}
+    usual = ("float32", None, False)
+    return {name: value for name, value in given.items() if value not in usual}
+
+
+def add_run_flags(parser: argparse.ArgumentParser, baselines: str = SYNTAX) -> None:
+    """Which arms, how many samples, and where the records go."""
+    group = parser.add_argument_group("arms and records")
+    group.add_argument(
+        "--baseline", default="", metavar="ARM,...", help=f"also measure on the same samples: {baselines}"
+    )
+    group.add_argument("--limit", type=positive, metavar="N", help="measure the first N samples only")
+    group.add_argument("--out", type=Path, metavar="JSONL", help="write the records here")
+    group.add_argument("--resume", action="store_true", help="go on with the unfinished run that --out names")
+
+
+def add_template_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--chat-template", default="auto", metavar="NAME|FILE|none", help=TEMPLATE_HELP)
+
+
+def open_arms(arguments: argparse.Namespace, model, kinds: tuple[str, ...], call: str) -> list[Arm]:
+    """The model as the flags ask for it, then the baselines.
+
+    Raises:
+        LongpatchError: for arms that are none, or none of this evaluation's `kinds`.
+    """
+    settings = conversion_settings(arguments)
+    first = Arm("original") if arguments.no_convert else converted_arm(model, settings)
+    arms = [first, *parse_arms(arguments.baseline, {"implementation": arguments.attn})]
+    check_arms(arms, kinds, call)
+    return arms
+
+
+def open_run(arguments: argparse.Namespace, command: str, **settings: Any) -> Run:
+    """The run that the flags ask for; `settings` are those that all its records share."""
+    return Run(
+        command,
+        arguments.model,
+        loading_settings(arguments) | settings,
+        arguments.seed,
+        arguments.out,
+        arguments.resume,
+    )

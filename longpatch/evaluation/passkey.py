@@ -1,15 +1,126 @@
-"""A five-digit number hidden in text and asked for at the end (Mohtashami and Jaggi, arXiv 2305.16300)."""
+"""A number hidden in text and asked for at the end (Mohtashami and Jaggi, arXiv 2305.16300)."""
 
 import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-ANSWER_PREFIX = "\nWhat is the pass key? The pass key is"
+from .arms import Arm
+from .metrics import exact_number, first_number, similarity
+from .prompts import Answerer, bury, sentences
+from .run import Measurement, Sample, Work
+
+GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What is said around the filler; {key} stands for the number."""
+
+    task: str
+    line: str
+    question: str
+    answer_start: str = ""
+
+
+WORDINGS = {
+    "plain": Wording(
+        "",
+        "\nThe pass key is {key}. Remember it. {key} is the pass key.\n",
+        "\nWhat is the pass key?",
+        " The pass key is",
+    ),
+    "lm-infinite": Wording(
+        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you "
+        "about the important information there. ",
+        "The pass key is {key}. Remember it. {key} is the pass key. ",
+        "What is the pass key?",
+        " The pass key is",
+    ),
+    "80k": Wording(
+        "There is an important infomation hidden in the following context. Find the information and memorize it. "
+        "I will quiz you about the information there.\n",
+        "\n\nThe passkey is {key}. Remember it. {key} is the passkey.\n\n",
+        "\n\nWhat is the passkey?",
+    ),
+}
+ANSWER_PREFIX = WORDINGS["plain"].question + WORDINGS["plain"].answer_start
 
 
 def passkey_line(key: str) -> str:
-    return f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+    return WORDINGS["plain"].line.format(key=key)
+
+
+def passkey_samples(
+    lengths: Sequence[int], depths: Sequence[float], trials: int, digits: int, placement: str, seed: int
+) -> list[Sample]:
+    """Keys of `digits` digits: `trials` for each of `lengths` (tokens) and `depths`.
+
+    `placement` "grid" takes the depths as they are; "random" and "first-half" draw one for every trial instead.
+    """
+    rng = random.Random(seed)
+    samples = []
+    for length in lengths:
+        for depth in depths if placement == "grid" else [None]:
+            for trial in range(trials):
+                key = "".join([rng.choice("123456789"), *rng.choices("0123456789", k=digits - 1)])
+                drawn = rng.random() / (2 if placement == "first-half" else 1)
+                offset = rng.random()
+                settings = {"length": length} if depth is None else {"length": length, "depth": depth}
+                identity = {"trial": trial, "key": key}
+                content = {"key": key, "depth": drawn if depth is None else depth, "offset": offset}
+                samples.append(Sample(settings, identity, content, length))
+    return samples
+
+
+def row_samples(rows: Iterable[dict]) -> list[Sample]:
+    """Samples of rows with "input" and "target", as LM-Infinite's data has them; "length" and "depth" where given."""
+    samples = []
+    for number, row in enumerate(rows):
+        settings = {name: row[name] for name in ("length", "depth") if name in row}
+        content = {"key": str(row["target"]), "text": row["input"]}
+        samples.append(Sample(settings, {"row": number, "key": str(row["target"])}, content, max(1, len(row["input"]))))
+    return samples
+
+
+@dataclass
+class PassKey:
+    """The evaluation: `filler` is what the number is hidden in, sentences of token ids."""
+
+    answerer: Answerer
+    wording: Wording
+    filler: Sequence[Tensor]
+
+    @classmethod
+    def create(cls, answerer: Answerer, wording: Wording, text: str | None) -> "PassKey":
+        return cls(answerer, wording, sentences(answerer.tokenizer, text or GRASS))
+
+    def prompt(self, sample: Sample) -> tuple[Tensor, float | None]:
+        """Token ids [length], the answer's start included, and the depth of the key in the filler."""
+        content, encode = sample.content, self.answerer.encode
+        start = self.wording.answer_start
+        if "text" in content:
+            text = content["text"] + " " + self.wording.question
+            return self.answerer.wrap(encode(text), start), None
+        task, question = encode(self.wording.task), encode(self.wording.question)
+        room = sample.settings["length"] - self.answerer.fixed_tokens(start) - len(task) - len(question)
+        first = int(content["offset"] * len(self.filler))
+        units = [*self.filler[first:], *self.filler[:first]]
+        needle = encode(self.wording.line.format(key=content["key"]))
+        text, depth = bury(units, needle, content["depth"], room)
+        return self.answerer.wrap(torch.cat((task, text, question)), start), depth
+
+    def measure(self, arm: Arm, sample: Sample, work: Work) -> list[Measurement]:
+        ids, depth = self.prompt(sample)
+        answer = self.answerer.answer(arm, ids)
+        key = sample.content["key"]
+        detail = {"answer": answer, "placed": depth}
+        return [
+            Measurement("exact", exact_number(answer, key), detail=detail),
+            Measurement("fuzzy", similarity(first_number(answer), key)),
+        ]
 
 
 def passkey_prompt(tokenizer, filler: Tensor, length: int, depth: float, key: str) -> Tensor:

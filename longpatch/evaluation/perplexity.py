@@ -18,15 +18,19 @@ class Chunk:
     start: int  # tokens read before this chunk
     nll: Tensor  # [tokens], nats for the tokens after each one read
     seconds: float
-    cache_bytes: int
+    cache: Cache | None  # as it stands after this chunk
+
+    @property
+    def cache_bytes(self) -> int:
+        return cache_bytes(self.cache)
 
 
-def stream_nll(model, ids: Tensor, chunk_tokens: int = 512) -> Iterator[Chunk]:
+def stream_nll(model, ids: Tensor, chunk_tokens: int = 512, cache: Cache | None = None) -> Iterator[Chunk]:
     """Read `ids` [n] chunk by chunk with one kept cache; yields the NLL of ids[1:], n - 1 values in all.
 
-    On a converted model memory stays constant, on any other the cache grows with the text.
+    On a converted model memory stays constant, on any other the cache grows with the text. `cache` holds what was read
+    before `ids`.
     """
-    cache: Cache | None = None
     for start in range(0, len(ids) - 1, chunk_tokens):
         began = time.perf_counter()
         inputs = ids[start : start + chunk_tokens]
@@ -35,7 +39,7 @@ def stream_nll(model, ids: Tensor, chunk_tokens: int = 512) -> Iterator[Chunk]:
             output = model(input_ids=inputs[None].to(model.device), past_key_values=cache, use_cache=True)
             nll = cross_entropy(output.logits[0, : len(targets)].float(), targets.to(model.device), reduction="none")
         cache = output.past_key_values
-        yield Chunk(start, nll.cpu(), time.perf_counter() - began, cache_bytes(cache))
+        yield Chunk(start, nll.cpu(), time.perf_counter() - began, cache)
 
 
 def window_nll(model, ids: Tensor, window: int, bos: int | None, batch: int = 16) -> Iterator[Tensor]:
@@ -56,6 +60,43 @@ def window_nll(model, ids: Tensor, window: int, bos: int | None, batch: int = 16
         with torch.no_grad():
             logits = model(input_ids=inputs, use_cache=False).logits[:, :-1].float()
         yield cross_entropy(logits.flatten(0, 1), inputs[:, 1:].flatten(), reduction="none").cpu()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of some tokens, [tokens] each: NLL in nats, and whether the token was the model's first choice."""
+
+    nll: Tensor
+    correct: Tensor
+
+
+def sliding_scores(
+    model, ids: Tensor, length: int, stride: int, context: int | None = None, new_only: bool = True
+) -> Iterator[Scores]:
+    """Scores of windows of `length` predicted tokens of `ids` [n], each beginning `stride` after the last.
+
+    With `new_only` a window scores only what no earlier one did, and the last, shorter one ends the text: the usual
+    strided perplexity. Without, every full window scores all its tokens (LongQLoRA, arXiv 2311.04879).
+    `context`: a window is read in parts of so many tokens that do not see each other.
+    """
+    scored, context = 0, context or length
+    for start in range(0, max(1, len(ids) - 1), stride):
+        stop = min(start + length, len(ids) - 1)
+        if not new_only and start and stop - start < length:
+            break
+        parts = []
+        for first in range(start, stop, context):
+            inputs = ids[first : min(first + context, stop)].to(model.device)
+            targets = ids[first + 1 : first + 1 + len(inputs)].to(model.device)
+            with torch.no_grad():
+                logits = model(input_ids=inputs[None], use_cache=False).logits[0].float()
+            parts.append((cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets))
+        nll, correct = (torch.cat(columns).cpu() for columns in zip(*parts, strict=True))
+        known = max(0, scored - start) if new_only else 0
+        yield Scores(nll[known:], correct[known:])
+        scored = stop
+        if new_only and stop == len(ids) - 1:
+            break
 
 
 def cache_bytes(cache: Any) -> int:

@@ -1,4 +1,4 @@
-"""What differs between model families: rows of data, and code for the two that need it."""
+"""What differs between model families: rows of data, and code for the three that need it."""
 
 from .table import FAMILIES, REFUSED, Family, reasons_against, supported_families
 

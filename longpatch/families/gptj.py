@@ -1,15 +1,11 @@
-"""GPT-J: its attention does not go through transformers' interface, and its table of phases ends at `n_positions`.
+"""GPT-J: its attention does not go through transformers' interface, and its table of phases ends at `n_positions`."""
 
-The model hands `position_ids` to every layer untouched. That is the way the step and the phases take here.
-"""
-
-import functools
 from typing import Any
 
 import torch
 
 from ..attention import attend
-from ..forward import prepare_forward
+from ..forward import prepare_forward, share_as_positions
 from ..rope import ExactRotary, rotate
 
 
@@ -20,21 +16,10 @@ def convert_attention(model: Any, conversion: Any) -> ExactRotary:
     frequencies = 1.0 / (10000 ** (torch.arange(0, dim, 2, dtype=torch.int64) / dim))  # as the model makes its table
     rotary = ExactRotary(frequencies, interleaved=True)
     conversion.hook(base, prepare_forward)
-    conversion.hook(base, _pass_step_on)
+    conversion.hook(base, share_as_positions)
     for block in base.h:
-        slot = "_old_forward" if "_old_forward" in vars(block.attn) else "forward"
-        conversion.set(block.attn, slot, functools.partial(forward, block.attn))
+        conversion.replace_forward(block.attn, forward)
     return rotary
-
-
-def _pass_step_on(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Forward pre-hook: the model drops keyword arguments that it does not know."""
-    shared = kwargs.pop("longpatch", None)
-    if shared is not None:
-        phase = base.longpatch.rotary.phase(kwargs["position_ids"])
-        # A mask of four dimensions is taken as it is: none of n x n is built.
-        kwargs |= {"position_ids": (phase, shared), "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool)}
-    return args, kwargs
 
 
 def forward(module: Any, hidden_states, position_ids, layer_past=None, **kwargs):

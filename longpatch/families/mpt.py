@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..attention import attend
-from ..forward import prepare_forward
+from ..forward import no_mask, prepare_forward
 from ..rope import ExactRotary
 
 
@@ -19,13 +19,12 @@ def convert_attention(model: Any, conversion: Any) -> ExactRotary:
     base = model.base_model
     # The model's own tensor over distances 1 and 0: minus the slope of each head, and zero.
     alibi = base.build_mpt_alibi_tensor(base.num_heads, 2)
-    conversion.alibi_slopes = -alibi[:, 0, 0].float()
+    slopes = conversion.alibi_slopes = -alibi[:, 0, 0].float()
     conversion.hook(base, prepare_forward)
     conversion.hook(base, _keep_step)
     conversion.set(base, "build_mpt_alibi_tensor", functools.partial(_step_for_alibi, base))
     for block in base.blocks:
-        slot = "_old_forward" if "_old_forward" in vars(block.attn) else "forward"
-        conversion.set(block.attn, slot, functools.partial(forward, block.attn, conversion.alibi_slopes))
+        conversion.replace_forward(block.attn, forward, slopes)
     return ExactRotary(torch.empty(0))
 
 
@@ -33,8 +32,7 @@ def _keep_step(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Forward pre-hook: the model drops keyword arguments that it does not know."""
     base.longpatch.step = kwargs.pop("longpatch", None)
     if base.longpatch.step is not None:
-        # A mask of four dimensions is taken as it is: none of n x n is built.
-        kwargs["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+        kwargs["attention_mask"] = no_mask()
     return args, kwargs
 
 

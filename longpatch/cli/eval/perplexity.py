@@ -1,30 +1,95 @@
-"""Perplexity of one text, streamed through the converted model."""
+"""How well a model reads: perplexity by position, in sliding windows, or streamed to any length.
+
+Every document is read whole (or its first --length tokens) with one kept cache, so that a converted model's memory
+stays constant; --repeat reads it over and over as one text. Arms: original, L/G, and fresh:W, the same text cut into
+windows of W tokens that know nothing of each other. --sliding-window reads overlapping windows instead.
+"""
 
 from argparse import ArgumentParser, Namespace
+from functools import partial
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from ...evaluation.perplexity import perplexity, stream_nll
-from ..flags import MODEL_HELP, add_model_flags, open_converted, positive
+from ...evaluation.documents import read_documents
+from ...evaluation.reading import (
+    ARMS,
+    Reading,
+    document_samples,
+    doubling_edges,
+    measure_positions,
+    measure_sliding,
+)
+from ...evaluation.run import Sample, Work
+from ..flags import MODEL_HELP, add_model_flags, add_run_flags, open_arms, open_model, open_run, positive
+from ..show import add_plot_flag, show
 
 EXAMPLES = """\
 examples:
-  longpatch eval perplexity demo book.txt --local-branch 256
+  longpatch eval perplexity demo books/ --baseline fresh:256,256/0,original --length 4096
+  longpatch eval perplexity smollm2 book.txt --local-branch 2048 --length 24576 --baseline fresh:8192,original
+  longpatch eval perplexity demo book.txt --repeat 10 --bucket 100000 --out stream.jsonl --resume
+  longpatch eval perplexity MODEL tokens.bin --seq-len 8192 --sliding-window 256 --context-size 8192 --no-convert
 """
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("text", type=Path, metavar="FILE", help="UTF-8 text to read")
-    parser.add_argument("--tokens", type=positive, metavar="N", help="read the first N tokens only (default: all)")
+    parser.add_argument("texts", type=Path, nargs="+", metavar="TEXT", help=".txt, .jsonl, uint16 .bin, or folders")
+    parser.add_argument("--field", default="text", help="the rows' field that holds the text (default: text)")
+    parser.add_argument("--start", type=int, default=0, metavar="N", help="leave out the first N documents")
+    parser.add_argument("--length", type=positive, metavar="N", help="read the first N tokens of each (default: all)")
+    parser.add_argument("--repeat", type=positive, default=1, metavar="N", help="read each text N times over as one")
+    parser.add_argument("--chunk", type=positive, default=512, metavar="N", help="tokens per forward (default: 512)")
+    parser.add_argument(
+        "--bucket",
+        type=positive,
+        metavar="N",
+        help="spans of N positions; 1 is every position (default: spans that double from the training length)",
+    )
+    parser.add_argument(
+        "--save-every", type=positive, default=1_000_000, metavar="N", help="tokens between states kept for --resume"
+    )
+    sliding = parser.add_argument_group("sliding windows")
+    sliding.add_argument("--sliding-window", type=positive, metavar="N", help="tokens from window to window")
+    sliding.add_argument("--seq-len", type=positive, metavar="N", help="tokens of a window (default: training length)")
+    sliding.add_argument("--context-size", type=positive, metavar="N", help="cut windows into parts of N tokens")
+    sliding.add_argument(
+        "--score", choices=("new", "all"), default="new", help="tokens no earlier window scored, or all of each window"
+    )
     add_model_flags(parser)
+    add_run_flags(parser, "original, fresh:W, L/G")
+    add_plot_flag(parser)
 
 
 def run(arguments: Namespace) -> None:
-    model, tokenizer = open_converted(arguments)
-    ids = torch.tensor(tokenizer.encode(arguments.text.read_text(encoding="utf-8")))[: arguments.tokens]
-    chunks = tqdm(stream_nll(model, ids), total=-(-(len(ids) - 1) // 512))
-    nll = torch.cat([chunk.nll for chunk in chunks])
-    print(f"{arguments.text.name}: perplexity {perplexity(nll):.2f} over {len(nll):,} tokens")
+    documents = read_documents(arguments.texts, arguments.field, arguments.start, arguments.limit)
+    model, tokenizer = open_model(arguments)
+    samples = document_samples(documents, tokenizer, arguments.length, arguments.repeat)
+    if arguments.sliding_window:
+        _run_sliding(arguments, model, samples)
+        return
+    arms = open_arms(arguments, model, ARMS, "eval perplexity")
+    longest = max(sample.size for sample in samples)
+    if arguments.bucket:
+        edges = tuple(range(0, longest, arguments.bucket))
+    else:
+        edges = doubling_edges(model.config.max_position_embeddings, longest)
+    reading = Reading(edges, arguments.chunk, arguments.save_every)
+    settings = {"tokens": arguments.length} if arguments.length else {}
+    if arguments.repeat > 1:
+        settings["repeat"] = arguments.repeat
+    run = open_run(arguments, "eval perplexity", **settings)
+    show(run, run.records(model, arms, samples, partial(measure_positions, model, tokenizer, reading)), arguments.plot)
+
+
+def _run_sliding(arguments: Namespace, model, samples: list[Sample]) -> None:
+    arms = open_arms(arguments, model, ("original", "lambda"), "eval perplexity --sliding-window")
+    length = arguments.seq_len or model.config.max_position_embeddings
+    context = arguments.context_size or length
+    settings = {"seq_len": length, "sliding_window": arguments.sliding_window, "score": arguments.score}
+    run = open_run(arguments, "eval perplexity", **settings, context_size=context)
+
+    def measure(arm, sample: Sample, work: Work):
+        new_only = arguments.score == "new"
+        return measure_sliding(model, length, arguments.sliding_window, context, new_only, sample, work)
+
+    show(run, run.records(model, arms, samples, measure), arguments.plot)

@@ -1,0 +1,61 @@
+"""Documents translated segment by segment, each prompt holding the pairs before: BLEU, reference perplexity, COMET.
+
+ROWS are one document a line, or a JSON list of them: {"segments": [{"source": ..., "target": ...}, ...]}, or GuoFeng's
+{"inference": [{"zh": ..., "en": ...}, ...]}.
+"""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from ...evaluation.documents import read_rows
+from ...evaluation.generation import corpus_bleu
+from ...evaluation.prompts import ARMS, Answerer, chat_template
+from ...evaluation.translation import PlainTranslator, Translation, segment_samples
+from ..flags import (
+    MODEL_HELP,
+    add_model_flags,
+    add_run_flags,
+    add_template_flag,
+    open_arms,
+    open_model,
+    open_run,
+    positive,
+)
+from ..show import add_plot_flag, show
+
+EXAMPLES = """\
+examples:
+  longpatch eval translation MODEL guofeng.json --pairs 3 --limit 5 --baseline original
+  longpatch eval translation MODEL rows.jsonl --languages German,English --comet Unbabel/wmt22-comet-da
+"""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("rows", type=Path, metavar="ROWS", help="documents of segments, JSON or JSON lines")
+    parser.add_argument("--pairs", type=int, default=3, metavar="N", help="pairs shown before each (default: 3)")
+    parser.add_argument(
+        "--own-pairs", action="store_true", help="show the model's own translations, not the references"
+    )
+    parser.add_argument("--languages", default="Chinese,English", metavar="FROM,TO", help="their names in the prompt")
+    parser.add_argument("--bleu-language", default="en", metavar="CODE", help="sacrebleu's tokeniser (default: en)")
+    parser.add_argument("--comet", metavar="MODEL", help="a COMET model or checkpoint (package unbabel-comet)")
+    parser.add_argument("--new-tokens", type=positive, default=200, metavar="N", help="of a segment (default: 200)")
+    add_template_flag(parser)
+    add_model_flags(parser)
+    add_run_flags(parser, "original, L/G, truncate:N, constant:TEXT")
+    add_plot_flag(parser)
+
+
+def run(arguments: Namespace) -> None:
+    samples = segment_samples(read_rows(arguments.rows))[: arguments.limit]
+    model, tokenizer = open_model(arguments)
+    arms = open_arms(arguments, model, ARMS, "eval translation")
+    template = chat_template(tokenizer, arguments.chat_template)
+    answerer = Answerer(model, tokenizer, template, arguments.new_tokens, ("\n",))
+    first, _, second = arguments.languages.partition(",")
+    translate = PlainTranslator(answerer, arguments.pairs, (first, second), arguments.own_pairs)
+    evaluation = Translation({"base": translate}, arguments.bleu_language, arguments.comet)
+    run = open_run(arguments, "eval translation", pairs=arguments.pairs, chat_template=arguments.chat_template)
+    records = run.records(model, arms, samples, evaluation.measure)
+    show(run, records + corpus_bleu(records, run.group_record, arguments.bleu_language), arguments.plot)

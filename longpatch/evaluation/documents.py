@@ -1,0 +1,85 @@
+"""Texts to read: files, folders, rows of JSON lines, files of token ids."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+
+from ..errors import LongpatchError
+
+SUPPORTED = "UTF-8 .txt files, .jsonl rows with a text, .bin files of uint16 token ids, or folders of these"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A named text: `text`, or `tokens` [n] where the file holds token ids already."""
+
+    name: str
+    text: str | None = None
+    tokens: Tensor | None = None
+
+    def ids(self, tokenizer, limit: int | None = None) -> Tensor:
+        """Token ids [n], BOS first where the tokenizer has one; the first `limit` of them."""
+        if self.tokens is not None:
+            return self.tokens[:limit].long()
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        text = self.text or ""
+        # A token holds at least one character of most texts, and is rarely longer than 12.
+        text = text if limit is None or len(text) < 16 * limit else text[: 16 * limit]
+        return torch.tensor((bos + tokenizer.encode(text, add_special_tokens=False))[:limit])
+
+
+def read_documents(paths: list[Path], field: str = "text", start: int = 0, limit: int | None = None) -> list[Document]:
+    """All documents of `paths`, in order of name, from number `start` on, `limit` of them.
+
+    Raises:
+        LongpatchError: naming every path that is missing or holds nothing readable.
+    """
+    reasons, documents = [], []
+    for path in paths:
+        try:
+            files = sorted(p for p in path.iterdir() if p.suffix in _READERS) if path.is_dir() else [path]
+            found = [document for file in files for document in _READERS.get(file.suffix, _read_text)(file, field)]
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
+            reasons.append(f"{path}: {type(error).__name__}: {error}")
+            continue
+        if not found:
+            reasons.append(f"{path} holds no text")
+        documents += found
+    if reasons:
+        raise LongpatchError("documents", reasons, SUPPORTED)
+    chosen = documents[start:] if limit is None else documents[start : start + limit]
+    if not chosen:
+        raise LongpatchError("documents", [f"--start {start} is past the last of {len(documents)} documents"])
+    return chosen
+
+
+def _read_text(path: Path, field: str) -> Iterator[Document]:
+    text = path.read_text(encoding="utf-8")
+    if text.strip():
+        yield Document(path.name, text)
+
+
+def _read_rows(path: Path, field: str) -> Iterator[Document]:
+    for number, row in enumerate(read_rows(path)):
+        yield Document(str(row.get("id", f"{path.name}:{number}")), row[field])
+
+
+def _read_tokens(path: Path, field: str) -> Iterator[Document]:
+    ids = numpy.memmap(path, dtype=numpy.uint16, mode="r")
+    yield Document(path.name, tokens=torch.from_numpy(ids.astype(numpy.int32)))
+
+
+_READERS = {".txt": _read_text, ".jsonl": _read_rows, ".bin": _read_tokens}
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a JSON lines file, or of a JSON file that is one list."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        return json.loads(text)
+    return [json.loads(line) for line in text.splitlines() if line.strip()]

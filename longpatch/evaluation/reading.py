@@ -1,0 +1,182 @@
+"""How texts are read for perplexity: documents through arms into records."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arms import Arm
+from .cachefile import load_cache, save_cache
+from .documents import Document
+from .perplexity import sliding_scores, stream_nll, window_nll
+from .run import Measurement, Sample, Work
+
+ARMS = ("original", "lambda", "fresh")
+
+
+@dataclass
+class Moments:
+    """Count, mean and sum of squared deviations of a stream of numbers."""
+
+    n: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def add(self, values: Tensor) -> None:
+        values = values.double()
+        n, mean = len(values), values.mean().item()
+        squares = ((values - mean) ** 2).sum().item()
+        total, difference = self.n + n, mean - self.mean
+        self.squares += squares + difference**2 * self.n * n / total
+        self.mean += difference * n / total
+        self.n = total
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a document is read.
+
+    Attributes:
+        edges: positions in tokens at which spans begin, rising from 0; the last span ends where reading ends.
+        chunk: tokens per forward.
+        save_every: keep what a killed run needs to go on, each time so many tokens are read.
+    """
+
+    edges: tuple[int, ...]
+    chunk: int = 512
+    save_every: int = 1_000_000
+
+
+def document_samples(documents: list[Document], tokenizer, length: int | None, repeat: int = 1) -> list[Sample]:
+    """One sample a document: BOS and the first `length` tokens of the text, BOS included, read `repeat` times over."""
+    samples = []
+    for document in documents:
+        ids = document.ids(tokenizer, length)
+        ids = torch.cat((ids, ids[1:].repeat(repeat - 1))) if repeat > 1 else ids
+        scored = None if document.text is None else len(tokenizer.decode(ids[1:]).encode())
+        content = {"ids": ids, "bytes": scored}
+        samples.append(Sample({}, {"document": document.name}, content, max(1, len(ids) - 1)))
+    return samples
+
+
+def doubling_edges(first: int, length: int) -> tuple[int, ...]:
+    """0, first, 2 first, 4 first, ... below `length`."""
+    edges = [0]
+    while max(first, 2 * edges[-1]) < length:
+        edges.append(max(first, 2 * edges[-1]))
+    return tuple(edges)
+
+
+def measure_positions(model, tokenizer, reading: Reading, arm: Arm, sample: Sample, work: Work) -> list[Measurement]:
+    """NLL of each span of positions ("nll") and of the whole document ("nll_document", "bits_per_byte").
+
+    Spans carry the variance over their tokens; with spans of one token, mean, variance and count per position come
+    from pooling documents. A document through one kept cache can be interrupted and taken up again.
+    """
+    ids = sample.content["ids"]
+    edges = [edge for edge in reading.edges if edge < len(ids) - 1] + [len(ids) - 1]
+    spans = {span: Moments() for span in itertools.pairwise(edges)}
+    state = None if work.state is None or arm.window else State(work.state, arm, sample)
+    done = 0 if state is None else state.restore(model, spans)
+    work.tick(done)
+    begun = None if state is None else state.cache
+    for start, nll, cache in _parts(model, tokenizer, reading, arm, ids, done, begun):
+        for (first, last), moments in spans.items():
+            part = nll[max(0, first - start) : max(0, last - start)]
+            if len(part):
+                moments.add(part)
+        work.tick(len(nll))
+        read = start + len(nll)
+        if state is not None and read // reading.save_every > start // reading.save_every and read < len(ids) - 1:
+            state.save(cache, read, spans)
+    if state is not None:
+        state.remove()
+    return _measurements(spans, sample.content["bytes"])
+
+
+def _parts(model, tokenizer, reading: Reading, arm: Arm, ids: Tensor, done: int, cache: Any):
+    """(first position, NLL [tokens], cache) of each part; position p is that of the token after ids[p]."""
+    if arm.window:
+        place = 0
+        for nll in window_nll(model, ids[1:], arm.window, tokenizer.bos_token_id, batch=max(1, 4096 // arm.window)):
+            yield place, nll, None
+            place += len(nll)
+        return
+    for chunk in stream_nll(model, ids[done:], reading.chunk, cache):
+        yield done + chunk.start, chunk.nll, chunk.cache
+
+
+def _measurements(spans: dict[tuple[int, int], Moments], text_bytes: int | None) -> list[Measurement]:
+    measured = [
+        Measurement("nll", m.mean, "nat", m.n, {"start": first, "stop": last}, {"variance": m.squares / m.n})
+        for (first, last), m in spans.items()
+        if m.n
+    ]
+    n = sum(moments.n for moments in spans.values())
+    nats = sum(moments.mean * moments.n for moments in spans.values())
+    measured.append(Measurement("nll_document", nats / n, "nat", n))
+    if text_bytes:
+        bits = nats / torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
+        measured.append(Measurement("bits_per_byte", bits / text_bytes, "bit", text_bytes))
+    return measured
+
+
+@dataclass
+class State:
+    """Where one document was left: a folder with the cache as safetensors and the rest as JSON, each written whole."""
+
+    folder: Path
+    arm: Arm
+    sample: Sample
+    cache: Any = field(default=None, init=False)
+
+    def restore(self, model, spans: dict[tuple[int, int], Moments]) -> int:
+        """Fill `spans` and `cache` from the folder; returns the number of tokens scored."""
+        path = self.folder / "state.json"
+        if not path.is_file():
+            return 0
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["arm"] != self.arm.label or saved["sample"] != self.sample.identity:
+            return 0
+        for span, numbers in zip(spans, saved["spans"], strict=True):
+            spans[span] = Moments(*numbers)
+        self.cache = load_cache(model, self.folder / saved["cache"])
+        return saved["read"]
+
+    def save(self, cache, read: int, spans: dict[tuple[int, int], Moments]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"cache-{read}.safetensors"
+        save_cache(cache, self.folder / name)
+        numbers = [[moments.n, moments.mean, moments.squares] for moments in spans.values()]
+        state = {"arm": self.arm.label, "sample": self.sample.identity, "read": read, "cache": name, "spans": numbers}
+        new = self.folder / "state.json.new"
+        new.write_text(json.dumps(state), encoding="utf-8")
+        new.replace(self.folder / "state.json")
+        for old in self.folder.glob("cache-*.safetensors"):
+            if old.name != name:
+                old.unlink()
+
+    def remove(self) -> None:
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                path.unlink()
+            self.folder.rmdir()
+
+
+def measure_sliding(
+    model, length: int, stride: int, context: int, new_only: bool, sample: Sample, work: Work
+) -> Iterator[Measurement]:
+    """NLL ("nll_document") and next-token accuracy over windows of `length` tokens, each `stride` after the last."""
+    nll, correct = Moments(), Moments()
+    ids = sample.content["ids"]
+    for scores in sliding_scores(model, ids, length, stride, context, new_only):
+        nll.add(scores.nll)
+        correct.add(scores.correct)
+        work.tick(min(stride, len(scores.nll)))
+    yield Measurement("nll_document", nll.mean, "nat", nll.n, {}, {"variance": nll.squares / nll.n})
+    yield Measurement("accuracy", correct.mean, "1", correct.n)

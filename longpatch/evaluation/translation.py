@@ -1,0 +1,121 @@
+"""Documents translated segment by segment, each seeing the pairs before it (Temp-LoRA's GuoFeng task, 2401.11504)."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ..errors import LongpatchError
+from .arms import Arm
+from .metrics import comet, sentence_bleu
+from .prompts import Answerer
+from .run import Measurement, Sample, Work
+
+TASK = "Translate the last line.\n\n"
+PAIR = "{source_name}: {source}\n{target_name}:"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a document and its reference translation."""
+
+    source: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Translated:
+    """What came of one segment: the prediction, and the mean NLL in nats of the `tokens` of its reference."""
+
+    output: str
+    nll: float
+    tokens: int
+
+
+Translator = Callable[[Arm, Sequence[Segment]], Iterable[Translated]]
+"""Translates one document, segment by segment in order; a TempLoraGenerator's segment mode fits behind it."""
+
+
+def segment_samples(documents: Iterable[dict]) -> list[Sample]:
+    """One sample a document: {"segments": [{"source", "target"}]} or GuoFeng's {"inference": [{"zh", "en"}]}."""
+    samples = []
+    for number, document in enumerate(documents):
+        if "segments" in document:
+            segments = [Segment(row["source"], row["target"]) for row in document["segments"]]
+        elif "inference" in document:
+            segments = [Segment(row["zh"], row["en"]) for row in document["inference"]]
+        else:
+            raise LongpatchError("eval translation", [f"row {number} has no segments"], '"segments" or "inference"')
+        size = sum(len(segment.source) for segment in segments)
+        samples.append(Sample({}, {"document": document.get("id", number)}, segments, max(1, size)))
+    return samples
+
+
+@dataclass
+class PlainTranslator:
+    """Each segment by one `generate`, its prompt holding the last `pairs` pairs.
+
+    Attributes:
+        names: what the two languages are called in the prompt.
+        own: the pairs' translations are the model's own, not the references.
+    """
+
+    answerer: Answerer
+    pairs: int = 3
+    names: tuple[str, str] = ("Chinese", "English")
+    own: bool = False
+
+    def __call__(self, arm: Arm, segments: Sequence[Segment]) -> Iterator[Translated]:
+        done: list[tuple[str, str]] = []
+        for segment in segments:
+            recent = done[max(0, len(done) - self.pairs) :] if self.pairs else []
+            shown = [self._pair(source) + f" {target}\n\n" for source, target in recent]
+            prompt = self.answerer.encode("".join([TASK, *shown, self._pair(segment.source)]))
+            ids = self.answerer.wrap(prompt)
+            output = self.answerer.answer(arm, ids).strip()
+            reference = self.answerer.encode(f" {segment.target}")
+            yield Translated(output, reference_nll(self.answerer.model, ids, reference), len(reference))
+            done.append((segment.source, output if self.own else segment.target))
+
+    def _pair(self, source: str) -> str:
+        return PAIR.format(source_name=self.names[0], target_name=self.names[1], source=source)
+
+
+@torch.no_grad()
+def reference_nll(model, prompt: Tensor, reference: Tensor) -> float:
+    """Mean NLL in nats of the tokens `reference` [m] after `prompt` [n]."""
+    ids = torch.cat((prompt, reference)).to(model.device)
+    logits = model(input_ids=ids[None, :-1], use_cache=False, logits_to_keep=len(reference)).logits[0].float()
+    return cross_entropy(logits, ids[len(prompt) :]).item()
+
+
+@dataclass
+class Translation:
+    """The evaluation: BLEU of each segment, reference perplexity ("nll"), COMET where a model is named.
+
+    Every document goes through each of `translators`, by name; corpus BLEU comes from `generation.corpus_bleu`.
+    """
+
+    translators: dict[str, Translator]
+    language: str = "en"
+    comet_model: str | None = None
+
+    def measure(self, arm: Arm, sample: Sample, work: Work) -> Iterator[Measurement]:
+        segments: list[Segment] = sample.content
+        for name, translate in self.translators.items():
+            done = list(translate(arm, segments))
+            for number, (segment, translated) in enumerate(zip(segments, done, strict=True)):
+                part: dict[str, Any] = {"segment": number}
+                detail = {"source": segment.source, "answer": translated.output, "reference": segment.target}
+                setting = {"translator": name}
+                score = sentence_bleu(translated.output, segment.target, self.language)
+                yield Measurement("bleu_sentence", score, "%", 1, setting, detail, part)
+                yield Measurement("nll", translated.nll, "nat", translated.tokens, setting, part=part)
+            if self.comet_model is not None:
+                sources, targets = [s.source for s in segments], [s.target for s in segments]
+                marks = comet(sources, [t.output for t in done], targets, self.comet_model)
+                for number, mark in enumerate(marks):
+                    yield Measurement("comet", mark, settings={"translator": name}, part={"segment": number})

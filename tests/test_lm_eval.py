@@ -1,0 +1,103 @@
+"""lm-evaluation-harness through "longpatch" gives what its own Hugging Face model gives on the converted model."""
+
+import json
+
+import pytest
+import torch
+
+lm_eval = pytest.importorskip("lm_eval", reason="needs the extra [eval]")
+
+from lm_eval.evaluator import simple_evaluate  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from longpatch import LongpatchError, convert_model  # noqa: E402
+from longpatch.evaluation.lm_eval import LongpatchLM, register, set_rope_theta  # noqa: E402
+from longpatch.models import load_model  # noqa: E402
+
+LONG = "The ship went on through the night and the men were silent. " * 8
+ROWS = [
+    {"context": LONG + "The sea is", "choices": [" blue", " yellow"], "gold": 0, "target": "x"},
+    {"context": "He went to the house and", "choices": [" saw", " sea and land"], "gold": 0, "target": "y"},
+]
+TASKS = {
+    "choice": "output_type: multiple_choice\ndoc_to_choice: '{{choices}}'\ndoc_to_target: gold\n"
+    "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n",
+    "until": "output_type: generate_until\ndoc_to_target: '{{target}}'\n"
+    "generation_kwargs: {until: ['.'], max_gen_toks: 12, do_sample: false}\n"
+    "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n",
+}
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    for name, text in TASKS.items():
+        head = f"task: local_{name}\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {rows}}}\n"
+        (tmp_path / f"{name}.yaml").write_text(f"{head}test_split: test\ndoc_to_text: '{{{{context}}}}'\n{text}")
+    return TaskManager(include_path=str(tmp_path), include_defaults=False)
+
+
+def answers(model, tasks, **arguments):
+    done = simple_evaluate(
+        model, tasks=["local_choice", "local_until"], task_manager=tasks, bootstrap_iters=0, **arguments
+    )
+    return {name: [sample["resps"] for sample in samples] for name, samples in done["samples"].items()}
+
+
+@pytest.mark.parametrize(("name", "window"), [("demo", 64), pytest.param("smollm2", 64, marks=pytest.mark.slow)])
+def test_equal_to_lm_evals_own_model_on_a_converted_one(tasks, name, window):
+    """Log-likelihoods and generations, through the name in the registry, in batches with padding."""
+    register()
+    register()
+    arguments = f"pretrained={name},local_branch={window},global_branch=4"
+    found = answers("longpatch", tasks, model_args=arguments, batch_size=2, device="cpu")
+    model, tokenizer = load_model(name)
+    convert_model(model, window, 4)
+    expected = answers(HFLM(model, tokenizer=tokenizer, batch_size=2, max_length=100_000), tasks)
+    assert found["local_until"] == expected["local_until"]
+    assert len(found["local_choice"]) == 2
+    for mine, theirs in zip(found["local_choice"], expected["local_choice"], strict=True):
+        assert str(mine) == str(theirs)
+    unconverted = answers("longpatch", tasks, model_args=f"pretrained={name},convert=False", device="cpu")
+    assert str(unconverted["local_choice"]) != str(found["local_choice"])
+
+
+def test_nothing_is_cut_in_silence(caplog):
+    with pytest.raises(LongpatchError, match=r"truncation='middle'.*error, left, right, center"):
+        LongpatchLM("demo", truncation="middle")
+    lm = LongpatchLM("demo", 64, 4, max_length=10, device="cpu")
+    assert lm.shorten([1] * 10, 10) == [1] * 10
+    with pytest.raises(LongpatchError, match="11 tokens, room for 10"):
+        lm.shorten([1] * 11, 10)
+    with pytest.raises(LongpatchError, match="room for 10"):
+        lm._loglikelihood_tokens([(("a", "b"), [5] * 11, [6])])
+    with pytest.raises(LongpatchError, match="room for 5"):
+        lm.tok_batch_encode(["one two three four five six seven eight"], left_truncate_len=5)
+    for cut, expected in (("left", [4, 5, 6, 7]), ("right", [0, 1, 2, 3]), ("center", [0, 1, 6, 7])):
+        lm.cut = cut
+        caplog.clear()
+        assert lm.shorten(list(range(8)), 4) == expected
+        assert "8 tokens cut to 4" in caplog.text
+
+
+def test_the_center_is_cut_out_of_what_the_model_reads():
+    lm = LongpatchLM("demo", 64, 4, max_length=20, truncation="center", device="cpu")
+    context, continuation = list(range(100, 140)), [7, 8]
+    kept = [*context[:10], *context[-9:]]
+    (cut,) = lm._loglikelihood_tokens([(("a", "b"), context, continuation)])
+    (same,) = lm._loglikelihood_tokens([(("c", "d"), kept, continuation)])
+    assert cut == same
+
+
+def test_another_rope_theta():
+    model, _ = load_model("demo")
+    before = model.base_model.rotary_emb.inv_freq.clone()
+    set_rope_theta(model, 2e6)
+    after = model.base_model.rotary_emb.inv_freq
+    dimension = 2 * len(before)
+    expected = 2e6 ** (-torch.arange(0, dimension, 2) / dimension)
+    torch.testing.assert_close(after, expected)
+    assert not torch.allclose(before, after)

@@ -1,0 +1,128 @@
+"""Arms, and runs that end with the same records however they got there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longpatch import LongpatchError, convert_model
+from longpatch.evaluation.arms import Arm, check_arms, converted_arm, parse_arms
+from longpatch.evaluation.run import Measurement, Run, Sample
+from longpatch.results import read_records
+from tests.tiny import tiny_llama
+
+ROOT = Path(__file__).parent.parent
+ARMS = [Arm("original"), Arm("16/2", {"local_branch": 16, "global_branch": 2})]
+SAMPLES = [Sample({"length": 8 * (i % 2)}, {"trial": i}, i) for i in range(5)]
+
+
+def test_arms_are_read_from_one_line():
+    arms = parse_arms(
+        "original,1024/10,256/0@512,fresh:64,truncate:2048,constant:a, b,original,", {"implementation": "x"}
+    )
+    assert [arm.kind for arm in arms] == ["original", "lambda", "lambda", "fresh", "truncate", "constant", "original"]
+    assert arms[1].conversion == {
+        "implementation": "x", "local_branch": 1024, "global_branch": 10, "limit_distance": None
+    }  # fmt: skip
+    assert arms[2].conversion["limit_distance"] == 512
+    assert (arms[3].window, arms[4].keep, arms[5].answer) == (64, 2048, "a, b")
+    with pytest.raises(LongpatchError, match=r"'wrong' is not an arm; 'truncate:x' is not an arm.*original, L/G"):
+        parse_arms("wrong,truncate:x")
+    with pytest.raises(LongpatchError, match=r"arm 'fresh:64'; arm 'original' twice.*truncate:N"):
+        check_arms([arms[0], arms[3], arms[6]], ("original", "truncate"), "eval passkey")
+
+
+def test_an_arm_is_put_on_and_taken_off():
+    model = tiny_llama()
+    arm = converted_arm(model, {"local_branch": 16, "global_branch": 4, "limit_distance": 20})
+    assert arm.label == "16/4@20"
+    assert not hasattr(model, "longpatch")
+    with arm.applied(model):
+        assert model.longpatch.config.distance == 20
+    assert not hasattr(model, "longpatch")
+    convert_model(model, 8, 2)
+    with Arm("original").applied(model):
+        pass
+    assert not hasattr(model, "longpatch")
+
+
+def measure(arm, sample, work):
+    windows = arm.conversion["local_branch"] if arm.conversion else 0
+    yield Measurement("value", sample.content + windows, detail={"answer": "x"})
+    yield Measurement("other", 1.0, "MiB", 3, {"part": 1})
+
+
+def test_records_of_a_run(tmp_path):
+    run = Run("eval test", "tiny", {"dtype": "x"}, 7, tmp_path / "out.jsonl")
+    records = run.records(tiny_llama(), ARMS, SAMPLES, measure)
+    run.finish(records)
+    assert read_records(run.out) == records
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+    assert len(records) == 20
+    assert records[2] | {"versions": None, "commit": None} == {
+        "command": "eval test", "model": "tiny", "metric": "value", "value": 1, "unit": "1", "n": 1, "seed": 7,
+        "settings": {"dtype": "x", "arm": "original", "length": 8}, "versions": None, "commit": None,
+        "sample": {"trial": 1}, "detail": {"answer": "x"},
+    }  # fmt: skip
+    assert [r["value"] for r in records if r["metric"] == "value"] == [0, 1, 2, 3, 4, 16, 17, 18, 19, 20]
+
+
+@pytest.mark.parametrize("killed_at", [0, 1, 4, 7, 9])
+def test_a_killed_run_ends_with_the_same_records(tmp_path, killed_at):
+    whole = Run("eval test", "tiny").records(tiny_llama(), ARMS, SAMPLES, measure)
+    out = tmp_path / "out.jsonl"
+    count = 0
+
+    def dying(arm, sample, work):
+        nonlocal count
+        count += 1
+        if count > killed_at:
+            raise KeyboardInterrupt
+        return measure(arm, sample, work)
+
+    with pytest.raises(KeyboardInterrupt):
+        Run("eval test", "tiny", out=out).records(tiny_llama(), ARMS, SAMPLES, dying)
+    part = tmp_path / "out.jsonl.part0"
+    with part.open("a", encoding="utf-8") as journal:
+        journal.write('["original", 3, [{"value"')  # the line that the kill cut off
+    with pytest.raises(LongpatchError, match="left from an unfinished run"):
+        Run("eval test", "tiny", out=out).records(tiny_llama(), ARMS, SAMPLES, measure)
+    with pytest.raises(LongpatchError, match="belongs to another run"):
+        Run("eval test", "tiny", seed=1, out=out, resume=True).records(tiny_llama(), ARMS, SAMPLES, measure)
+    measured_again = []
+
+    def counted(arm, sample, work):
+        measured_again.append(sample.content)
+        return measure(arm, sample, work)
+
+    run = Run("eval test", "tiny", out=out, resume=True)
+    records = run.records(tiny_llama(), ARMS, SAMPLES, counted)
+    assert records == whole
+    assert len(measured_again) == 10 - killed_at
+    run.finish(records)
+    assert read_records(out) == whole
+
+
+def test_two_processes_give_the_records_of_one(tmp_path):
+    """Over gloo, by torchrun: on CPUs `accelerate launch` itself starts several processes by MPI only."""
+    (tmp_path / "texts").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / "texts" / f"{name}.txt").write_text(
+            f"A text about {name}, and some more of it. " * 12, encoding="utf-8"
+        )
+    shared = [
+        "-m", "longpatch.cli", "eval", "perplexity", "demo", str(tmp_path / "texts"), "--local-branch", "32",
+        "--baseline", "original", "--bucket", "40",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    for out, words in (("one.jsonl", []), ("two.jsonl", launch)):
+        command = [sys.executable, *words, *shared, "--out", str(tmp_path / out)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (read_records(tmp_path / name) for name in ("one.jsonl", "two.jsonl"))
+    assert len(one) > 12
+    assert [json.dumps(r) for r in one] == [json.dumps(r) for r in two]
