@@ -168,12 +168,18 @@ def compile_all(chip: str, quick: bool, only: list[str]) -> Iterator[dict]:
             yield row | {"seconds": round(perf_counter() - started, 1)}
 
 
+def identity(row: dict) -> tuple:
+    """What a row is about, without what was found."""
+    about = ("triton", "chip", "kernel", "dtype", "head_dim", "variant", *tuning.Config._fields)
+    return tuple(row[name] for name in about)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=["sm80", "sm90"])
     parser.add_argument("--quick", action="store_true", help="the first candidate of each kernel, dtype and head size")
     parser.add_argument("--only", default="", help="words that must match: kernel, dtype, head size, comma-separated")
-    parser.add_argument("--out", type=Path, help="merge the rows into this file (by Triton version and chip)")
+    parser.add_argument("--out", type=Path, help="merge the rows into this file")
     options = parser.parse_args(arguments)
     rows = []
     for chip in options.chip:
@@ -181,9 +187,9 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append(row)
             print(json.dumps(row), flush=True)
     if options.out:
-        new = {(row["triton"], row["chip"]) for row in rows}
+        new = {identity(row) for row in rows}
         kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
-        kept = [row for row in kept if (row["triton"], row["chip"]) not in new]
+        kept = [row for row in kept if identity(row) not in new]
         lines = ",\n".join(json.dumps(row) for row in kept + rows)
         options.out.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     return 0 if all(row["fits"] for row in rows) else 1

@@ -8,13 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longpatch_kernels import blocked, explain, lambda_attention
+from longpatch_kernels import IMPLEMENTATIONS, blocked, explain, lambda_attention, native, not_supported_reasons
 from longpatch_kernels.blocked.bands import block_queries
 from longpatch_kernels.compiled import TENSORS
+from longpatch_kernels.inputs import LambdaInputs
+from longpatch_kernels.native import build as compilation
 from tests.cases import build, cases, error, run
 
 FAST = ["blocked"]  # the others have tests of their own
-
+needs_compiler = pytest.mark.skipif(isinstance(compilation.library(), str), reason=f"{compilation.library()}")
 
 # what runs in bands and in decode steps, up to sizes where the kernel's tiles, blocks and tails all occur
 PLAIN = {"softcap": st.none(), "alibi": st.just(False), "through_lse": st.just(False)}
@@ -82,9 +84,55 @@ def test_each_cpu_algorithm_equals_the_definition(name, drawn, examples):
     check()
 
 
+NATIVE = {"softcap": st.none(), "alibi": st.just(False), "far_mask": st.just(False)}
+NATIVE_CASES = cases(head_dim=st.sampled_from([16, 64, 80]), sinks=st.sampled_from([0, 1, 10, 200]), **NATIVE)
+
+
+@needs_compiler
+@given(case=NATIVE_CASES | LONG.map(lambda case: case | {"far_mask": False}))
+@settings(max_examples=30)
+def test_the_native_kernel_equals_the_definition(case):
+    with patch.object(native, "forward", wraps=native.forward) as forward:
+        check_float32("native", case)
+    assert forward.call_count == 1
+
+
+@needs_compiler
+@given(case=STEP.map(lambda case: case | {"far_mask": False}), threads=st.sampled_from([1, 2]))
+@settings(max_examples=12)
+def test_native_decode_steps_equal_the_definition(case, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_float32("native", case)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+@given(case=NATIVE_CASES)
+@settings(max_examples=20)
+def test_native_bfloat16_is_as_good_as_the_dense_version(case):
+    check_bfloat16("native", case)
+
+
+@needs_compiler
+def test_native_reads_no_key_before_the_first_valid_one():
+    call = long_call(400, 100) | {"first_valid": torch.tensor([0, 61])}
+    expected = lambda_attention(**call, implementation="reference")
+    for name in ("key", "value"):
+        call[name][1, :, :61] = torch.nan
+    for actual, wanted in zip(lambda_attention(**call, implementation="native"), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", FAST)
 @given(case=cases())
 def test_bfloat16_is_as_good_as_the_dense_version(implementation, case):
+    check_bfloat16(implementation, case)
+
+
+def check_bfloat16(implementation, case):
     arguments = build(case, torch.bfloat16)
     expected = run(arguments, "reference", torch.float64, case["through_lse"])
     dense = run(arguments, "reference", through_lse=case["through_lse"])
@@ -161,6 +209,14 @@ def test_the_rule_between_algorithms():
     assert chosen(1, 1) == chosen(17, 500) == chosen(2, 500, group=9) == "auto runs blocked: banded"
     assert chosen(17, 500, dtype=torch.bfloat16) == "auto runs blocked: banded"
     assert chosen(500, 500, dtype=torch.float64) == chosen(1, 500, softcap=3.0) == "auto runs blocked: general"
+    for key_count, window, preferred in (
+        (2048, 64, "native"),
+        (2048, 2048, "blocked: banded"),
+        (96, 64, "blocked: banded"),
+    ):
+        tensor = torch.zeros(1, 2, key_count, 16)
+        first = explain(tensor, tensor, tensor, window=window).splitlines()[0]
+        assert first == f"auto runs {preferred}" or isinstance(compilation.library(), str)
     assert [block_queries(window, 1) for window in (16, 256, 1024)] == [64, 64, 192]
     assert block_queries(1024, 3) == 64
 
@@ -172,18 +228,21 @@ def differentiated(function, tensors, **options):
     return out, lse, *(leaf.grad for leaf in leaves.values())
 
 
-def test_compile_as_one_graph_forward_and_backward():
+@pytest.mark.parametrize("implementation", ["blocked", pytest.param("native", marks=needs_compiler)])
+def test_compile_as_one_graph_forward_and_backward(implementation):
     def attend(tensors, window):
-        out, lse = lambda_attention(**{name: 2 * tensor for name, tensor in tensors.items()}, window=window)
+        doubled = {name: 2 * tensor for name, tensor in tensors.items()}
+        out, lse = lambda_attention(**doubled, window=window, implementation=implementation)
         return out + 1, lse
 
+    module = IMPLEMENTATIONS[implementation]
     torch.compiler.reset()
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     for queries in (300, 317):
         call = long_call(queries, 100)
         tensors = {name: call[name] for name in ("query", "key", "value", "query_far", "key_far", "value_far")}
         expected = differentiated(attend, tensors, window=100)
-        with patch.object(blocked, "run", wraps=blocked.run) as ran:
+        with patch.object(module, "run", wraps=module.run) as ran:
             actual = differentiated(compiled, tensors, window=100)
         assert ran.call_count == 1
         for mine, theirs in zip(actual, expected, strict=True):
@@ -229,9 +288,56 @@ def test_wrong_arguments_are_all_listed():
     ):
         assert part in str(caught.value)
     with pytest.raises(
-        ValueError, match="unknown; known are auto, triton, blocked, flash_attn, xformers, flex, reference"
+        ValueError, match="unknown; known are auto, triton, native, blocked, flash_attn, xformers, flex, reference"
     ):
         lambda_attention(query, query, query, window=1, implementation="magic")
+
+
+def plain_inputs():
+    return LambdaInputs(*[torch.zeros(1, 1, 64, 16)] * 3, 8, None, None, 0, 1.0, None, None)
+
+
+@pytest.fixture
+def fresh_build(monkeypatch, tmp_path):
+    monkeypatch.setattr(compilation, "folder", lambda: tmp_path)
+    yield monkeypatch, tmp_path
+    compilation.library.cache_clear()
+    compilation.compiler.cache_clear()
+
+
+def test_without_a_compiler_it_says_so(fresh_build):
+    monkeypatch, _ = fresh_build
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    compilation.library.cache_clear()
+    compilation.compiler.cache_clear()
+    assert "no C++ compiler found; looked for c++" in not_supported_reasons("native", plain_inputs())[0]
+    with pytest.raises(ValueError, match="implementation 'native' cannot run: no C\\+\\+ compiler"):
+        lambda_attention(*[torch.zeros(1, 1, 4, 16)] * 3, window=2, implementation="native")
+    tensor = torch.zeros(1, 2, 2048, 16)
+    assert explain(tensor, tensor, tensor, window=64).startswith("auto runs blocked")
+
+
+@needs_compiler
+def test_what_does_not_compile_is_reported_and_leaves_nothing(fresh_build):
+    monkeypatch, folder = fresh_build
+    broken = folder / "broken.cpp"
+    broken.write_text("int f( {")
+    monkeypatch.setattr(compilation, "SOURCE", broken)
+    compilation.library.cache_clear()
+    assert "failed: " in not_supported_reasons("native", plain_inputs())[0]
+    assert list(folder.iterdir()) == [broken]
+
+
+@needs_compiler
+def test_it_is_compiled_once(fresh_build):
+    _, folder = fresh_build
+    compilation.library.cache_clear()
+    assert not not_supported_reasons("native", plain_inputs())
+    (made,) = folder.iterdir()
+    stamp = made.stat().st_mtime_ns
+    compilation.library.cache_clear()
+    assert not not_supported_reasons("native", plain_inputs())
+    assert [path.stat().st_mtime_ns for path in folder.iterdir()] == [stamp]
 
 
 def test_backward_keeps_no_scores():

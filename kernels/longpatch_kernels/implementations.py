@@ -4,14 +4,26 @@ Each is a module or object with `not_supported_reasons(inputs)`, `run(inputs) ->
 the forward's results suffice for it, `gradients(inputs, out, lse, grad_out, grad_lse)` of the six `inputs.tensors`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
-from . import blocked, reference, triton
+from . import blocked, native, reference, triton
 from .inputs import LambdaInputs
 from .vendors import VENDORS
 
-IMPLEMENTATIONS: dict[str, Any] = {"triton": triton, "blocked": blocked, **VENDORS, "reference": reference}
-AUTO = ("triton", "blocked")  # best first
+IMPLEMENTATIONS: dict[str, Any] = {
+    "triton": triton,
+    "native": native,
+    "blocked": blocked,
+    **VENDORS,
+    "reference": reference,
+}
+# best first, with what "auto" asks of each besides being able
+AUTO: dict[str, Callable[[LambdaInputs], bool]] = {
+    "triton": lambda inputs: inputs.query.is_cuda,  # interpreted Triton is slow
+    "native": native.worthwhile,
+    "blocked": lambda inputs: True,
+}
 
 
 def not_supported_reasons(implementation: str, inputs: LambdaInputs) -> list[str]:
@@ -24,8 +36,7 @@ def not_supported_reasons(implementation: str, inputs: LambdaInputs) -> list[str
 def choose(implementation: str, inputs: LambdaInputs) -> str:
     """The name of what runs: the one asked for, or for "auto" the first of AUTO that can. Raises ValueError if none."""
     if implementation == "auto":
-        able = (name for name in AUTO if not not_supported_reasons(name, inputs))
-        return next(name for name in able if name != "triton" or inputs.query.is_cuda)  # interpreted Triton is slow
+        return next(name for name, wanted in AUTO.items() if wanted(inputs) and not not_supported_reasons(name, inputs))
     if reasons := not_supported_reasons(implementation, inputs):
         raise ValueError(f"lambda_attention: implementation {implementation!r} cannot run: " + "; ".join(reasons))
     return implementation

@@ -1,5 +1,7 @@
 """Λ-attention in PyTorch alone, linear in time and memory: which of three algorithms runs, and their gradients."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,13 +14,18 @@ def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
 
 
 def run(inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
+    return differentiable(inputs, algorithm(inputs).forward)
+
+
+def differentiable(inputs: LambdaInputs, forward: Callable) -> tuple[Tensor, Tensor]:
+    """`forward(inputs) -> (out, lse)` with the gradients below."""
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.tensors)):
-        return algorithm(inputs).forward(inputs)  # without autograd's bookkeeping, which a decode step would notice
+        return forward(inputs)  # without autograd's bookkeeping, which a decode step would notice
     x = inputs
     if x.query.dtype in (torch.float16, torch.bfloat16):
         # backward takes dO·O from the output: rounded to bfloat16 it would cost the gradients 2^-9 of that sum
         x = x.with_tensors(*(None if t is None else t.float() for t in x.tensors))
-    out, lse = _BlockedAttention.apply(*x.tensors, x)
+    out, lse = _BlockedAttention.apply(*x.tensors, x, forward)
     return out.to(inputs.query.dtype), lse
 
 
@@ -44,8 +51,8 @@ def explanation(x: LambdaInputs) -> str:
 
 class _BlockedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, query_far, key_far, value_far, inputs: LambdaInputs):
-        out, lse = algorithm(inputs).forward(inputs)
+    def forward(ctx, query, key, value, query_far, key_far, value_far, inputs: LambdaInputs, function: Callable):
+        out, lse = function(inputs)
         ctx.save_for_backward(query, key, value, query_far, key_far, value_far, out, lse)
         ctx.inputs = inputs.with_tensors(*[None] * 6)  # autograd keeps the tensors
         ctx.set_materialize_grads(False)
@@ -54,7 +61,7 @@ class _BlockedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         *tensors, out, lse = ctx.saved_tensors
-        return *gradients(ctx.inputs.with_tensors(*tensors), out, lse, grad_out, grad_lse), None
+        return *gradients(ctx.inputs.with_tensors(*tensors), out, lse, grad_out, grad_lse), None, None
 
 
 def gradients(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None) -> Gradients:
