@@ -54,7 +54,7 @@ def attend(
     config = settings.config
     oldest = step.past + step.count - key.shape[2]
     far = {}
-    if config.global_branch and step.far_phase is not None:
+    if config.global_branch and step.far_phase is not None and step.sink_columns is not None:
         if layer is None:
             key_far, value_far, _ = step.sinks(key, value, oldest, settings.rotated)
         else:
