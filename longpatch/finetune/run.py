@@ -80,4 +80,4 @@ class RecordWriter(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            write_record(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.record)
+            write_record(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self.record)
