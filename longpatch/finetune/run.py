@@ -8,9 +8,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapter import write_record
 from ..convert import unwrap
+from ..data import load_rows, pad_right
 from ..errors import LongpatchError
 from .config import TrainConfig
-from .data import load_rows, pad_right
 from .model import prepare_model
 
 
