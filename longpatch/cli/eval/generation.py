@@ -35,4 +35,4 @@ def run(arguments: Namespace) -> None:
     evaluation = Generation(Answerer(model, tokenizer, Template(), arguments.new_tokens))
     run = open_run(arguments, "eval generation", new_tokens=arguments.new_tokens)
     records = run.records(model, arms, samples, evaluation.measure)
-    show(run, records + corpus_bleu(records, run.group_record), arguments.plot)
+    show(run, records + corpus_bleu(records, run.group_record), arguments)

@@ -65,7 +65,7 @@ def run(arguments: Namespace) -> None:
     if arguments.rescore:
         evaluation = Needle(Answerer(None, None, Template(), 0), [], **said)
         run = open_run(arguments, "eval needle")
-        show(run, rescore(read_records(arguments.rescore), evaluation.score), arguments.plot)
+        show(run, rescore(read_records(arguments.rescore), evaluation.score), arguments)
         return
     if not arguments.haystack:
         raise LongpatchError("eval needle", ["no text to hide the needle in"], "files or folders after MODEL")
@@ -78,4 +78,4 @@ def run(arguments: Namespace) -> None:
     lengths = arguments.lengths or [model.config.max_position_embeddings]
     samples = needle_samples(lengths, arguments.depths, arguments.trials, arguments.seed)[: arguments.limit]
     run = open_run(arguments, "eval needle", chat_template=arguments.chat_template)
-    show(run, run.records(model, arms, samples, evaluation.measure), arguments.plot)
+    show(run, run.records(model, arms, samples, evaluation.measure), arguments)

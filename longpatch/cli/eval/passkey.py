@@ -67,10 +67,9 @@ def run(arguments: Namespace) -> None:
         samples = passkey_samples(lengths, *placed)
     samples = samples[: arguments.limit]
     if arguments.write_rows:
-        asked = ({"input": tokenizer.decode(evaluation.prompt(s)[0]), "target": s.content["key"]} for s in samples)
-        rows = [json.dumps(row | sample.settings) for row, sample in zip(asked, samples, strict=True)]
+        rows = [json.dumps(evaluation.row(sample)) for sample in samples]
         arguments.write_rows.write_text("\n".join(rows) + "\n", encoding="utf-8")
         return
     settings = {"wording": arguments.wording, "placement": arguments.placement, "digits": arguments.digits}
     run = open_run(arguments, "eval passkey", **settings, chat_template=arguments.chat_template)
-    show(run, run.records(model, arms, samples, evaluation.measure), arguments.plot)
+    show(run, run.records(model, arms, samples, evaluation.measure), arguments)

@@ -58,4 +58,4 @@ def run(arguments: Namespace) -> None:
     evaluation = Translation({"base": translate}, arguments.bleu_language, arguments.comet)
     run = open_run(arguments, "eval translation", pairs=arguments.pairs, chat_template=arguments.chat_template)
     records = run.records(model, arms, samples, evaluation.measure)
-    show(run, records + corpus_bleu(records, run.group_record, arguments.bleu_language), arguments.plot)
+    show(run, records + corpus_bleu(records, run.group_record, arguments.bleu_language), arguments)
