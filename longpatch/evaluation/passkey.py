@@ -35,9 +35,9 @@ WORDINGS = {
     ),
     "lm-infinite": Wording(
         "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you "
-        "about the important information there. ",
-        "The pass key is {key}. Remember it. {key} is the pass key. ",
-        "What is the pass key?",
+        "about the important information there.",
+        " The pass key is {key}. Remember it. {key} is the pass key.",
+        " What is the pass key?",
         " The pass key is",
     ),
     "80k": Wording(
@@ -120,9 +120,7 @@ class PassKey:
         """Token ids [length], the answer's start included, and the depth of the key in the filler."""
         encode, start, question = self.answerer.encode, self.wording.answer_start, self.wording.question
         if "text" in sample.content:
-            text = sample.content["text"]
-            gap = "" if text[-1:].isspace() or question[0].isspace() else " "
-            return self.answerer.wrap(encode(f"{text}{gap}{question}"), start), None
+            return self.answerer.wrap(encode(sample.content["text"] + question), start), None
         ids, depth = self.buried(sample)
         return self.answerer.wrap(torch.cat((ids, encode(question))), start), depth
 

@@ -10,6 +10,7 @@ from ...errors import LongpatchError
 from ...evaluation import needle
 from ...evaluation.documents import read_documents
 from ...evaluation.judge import Judge
+from ...evaluation.metrics import need
 from ...evaluation.needle import Needle, needle_samples
 from ...evaluation.prompts import ARMS, Answerer, Template, chat_template
 from ...evaluation.rescore import rescore
@@ -60,6 +61,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
+    need(*(["ROUGE"] if "rouge" in arguments.metrics else []))
     judge = Judge(arguments.judge, arguments.judge_model, arguments.judge_key) if arguments.judge else None
     said = {"question": arguments.question, "target": arguments.target, "metrics": arguments.metrics, "judge": judge}
     if arguments.rescore:
