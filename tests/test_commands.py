@@ -58,9 +58,9 @@ def flags_of(name, capsys):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_evaluation_has_the_shared_flags_and_an_example(name, capsys):
     shown = flags_of(name, capsys)
-    expected = ["--local-branch", "--dtype", "--seed", "--out", "--plot", f"longpatch eval {name}"]
+    expected = ["--local-branch", "--dtype", "--seed", "--out", "--plot", "--limit", f"longpatch eval {name}"]
     if name not in OWN_FLAGS:
-        expected += ["--baseline", "--limit", "--resume", "--smoothing"]
+        expected += ["--baseline", "--resume", "--smoothing"]
     expected += ["--chat-template"] if name in ANSWERING else []
     assert not [flag for flag in expected if flag not in shown]
 
