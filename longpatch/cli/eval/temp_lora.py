@@ -28,6 +28,7 @@ examples:
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("texts", type=Path, nargs="+", metavar="FILE", help="UTF-8 texts")
+    parser.add_argument("--limit", type=positive, metavar="N", help="read the first N texts only")
     parser.add_argument("--tokens", type=positive, metavar="N", help="read the first N tokens only (default: all)")
     add_learning_flags(parser)
     walk = parser.add_argument_group("walk")
@@ -111,7 +112,7 @@ def run(arguments: Namespace) -> None:
         arguments.fresh_base,
     )
     scores, lines = [], []
-    for path in arguments.texts:
+    for path in arguments.texts[: arguments.limit]:
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         text_ids = tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False)
         ids = torch.tensor(bos + text_ids)[: arguments.tokens]
