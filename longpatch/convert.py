@@ -5,7 +5,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -64,7 +64,7 @@ def convert_model(
     limit_distance: int | None = None,
     slack: int = 64,
     implementation: str = "auto",
-    recall: Recall | None = None,
+    recall: Recall | Literal[False] | None = None,
 ) -> Model:
     """Give a causal language model Λ-shaped attention, in place (LM-Infinite, arXiv 2308.16137).
 
@@ -81,7 +81,8 @@ def convert_model(
         limit_distance: distance in tokens at which they appear; at least `local_branch`, its default.
         slack: tokens beyond the window that the cache can take back exactly, as assisted decoding needs.
         implementation: "auto" or a name in `longpatch_kernels.IMPLEMENTATIONS`.
-        recall: what of the text that left the window comes back, see `Recall`. Default: as saved, else nothing.
+        recall: what of the text that left the window comes back, see `Recall`; False: nothing. Default: as saved, else
+            nothing.
 
     Returns:
         The same instance.
@@ -101,6 +102,7 @@ def convert_model(
         global_branch = int(marker.get("global_branch", 10))
     if recall is None and marker.get("recall"):
         recall = Recall(**marker["recall"])
+    recall = recall or None
     try:
         settings = LambdaConfig(local_branch, global_branch, limit_distance, slack, implementation, recall)
         reasons += _recall_reasons(recall, config)
