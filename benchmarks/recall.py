@@ -1,13 +1,13 @@
 """Passkeys with and without recall, by length and depth.
 
     python -m benchmarks.recall demo BOOK.txt --lengths 1024 4096 --recall none default
-    python -m benchmarks.recall smollm2 BOOK.txt --window 1024 --lengths 4096 8192 --trials 1 --reach 1 --recall none \\
-        top_k=5,distance=512 top_k=20,distance=512
+    python -m benchmarks.recall smollm2 BOOK.txt --window 1024 --sinks 10 --lengths 4096 8192 --trials 1 --reach 1 \\
+        --verify 4096 --space --recall none top_k=5,distance=64 top_k=16,block_tokens=16,distance=64
 
 A trial is BOS, text of the book, the line with the key in place of as many tokens, text, the question. The key lies
 after 0, 1/D, 2/D, ... of the prompt for D --depths. It counts when all tokens of the key are the model's first choice
-one after the other, which is when greedy generation writes them. Each setting of --recall is `none` or settings of
-`longpatch.Recall`.
+one after the other, which is when greedy generation writes them; with --space the prompt ends with the space before the
+key. Each setting of --recall is `none` or settings of `longpatch.Recall`.
 
 All settings read a prompt once: what differs between them begins with the question. All lengths and depths of a trial
 share one text, and what lies before the key; and what lies behind its reach, --reach windows further on. By default
@@ -45,7 +45,8 @@ def parse_arguments():
     parser.add_argument("--recall", nargs="+", default=["none", "default"], metavar="SETTINGS")
     parser.add_argument("--chunk", type=int, default=1024, help="tokens per forward")
     parser.add_argument("--reach", type=int, metavar="WINDOWS", help="windows behind the key that are read anew")
-    parser.add_argument("--verify", type=int, default=0, metavar="N", help="read N prompts of each length whole as well")
+    parser.add_argument("--verify", type=int, nargs="+", default=[], help="lengths of which one prompt is read whole")
+    parser.add_argument("--space", action="store_true", help="end the prompt with the space before the key")
     parser.add_argument("--show", action="store_true", help="print what was said instead of each key not found")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="JSONL", help="write the results here; goes on where it was killed")
@@ -85,7 +86,8 @@ class Trial:
             return torch.tensor(tokenizer.encode(text, add_special_tokens=False))
 
         rng = random.Random(arguments.seed * 1000 + number)
-        self.question, self.number = encode(ANSWER_PREFIX), number
+        space = "" if arguments.space else " "
+        self.question, self.number = encode(ANSWER_PREFIX + " " * arguments.space), number
         longest = max(arguments.lengths)
         first = rng.randrange(len(book) - longest)
         self.ids = torch.cat((book.new_tensor([tokenizer.bos_token_id]), book[first : first + longest - 1]))
@@ -97,7 +99,7 @@ class Trial:
         self.lines, self.answers = {}, {}
         for start in sorted(self.places):
             key = f"{rng.randrange(10_000, 100_000)}"
-            self.lines[start], self.answers[start] = encode(passkey_line(key)), encode(f" {key}")
+            self.lines[start], self.answers[start] = encode(passkey_line(key)), encode(space + key)
 
     def end(self, start: int, length: int) -> int:
         """Tokens before the question."""
@@ -115,7 +117,7 @@ def measure(arguments, model, tokenizer, trial: Trial, settings: dict[str, Recal
         return
     haystack = Haystack(model, trial.ids, arguments.chunk)
     windows = model.config.num_hidden_layers if arguments.reach is None else arguments.reach
-    verified = dict.fromkeys(arguments.lengths, arguments.verify if trial.number == 0 else 0)
+    unverified = set(arguments.verify if trial.number == 0 else [])
     for start in tqdm(places, desc=f"text {trial.number}"):
         line, answer, hits = trial.lines[start], trial.answers[start], []
         kept = haystack.hide(line, start, windows * model.longpatch.config.local_branch)
@@ -130,8 +132,8 @@ def measure(arguments, model, tokenizer, trial: Trial, settings: dict[str, Recal
                 if arguments.show and not hits[-1][-1]:
                     said = tokenizer.decode(scores.argmax(-1))
                     tqdm.write(f"{length} tokens, depth {depth}, {text}: {said!r} for {tokenizer.decode(answer)!r}")
-            if verified[length] and 0 < depth < arguments.depths // 2:
-                verified[length] -= 1
+            if length in unverified and 0 < depth < arguments.depths // 2:
+                unverified.remove(length)
                 cache = whole(model, trial, start, end, arguments.chunk).cache
                 for text, recall in settings.items():
                     gap = (ask(model, cache, trial.question, answer, recall) - logits[text]).abs().max()
