@@ -29,7 +29,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--distances", type=positive, nargs="+", metavar="D", help="default: 16, 32, 64, ...")
     parser.add_argument("--scored", type=positive, default=64, metavar="N", help="last tokens of a window that count")
     parser.add_argument("--limit", type=positive, default=64, metavar="N", help="windows in all (default: 64)")
-    parser.add_argument("--no-convert", action="store_true", help="the model as it is, without Λ-attention")
     parser.add_argument("--out", type=Path, metavar="JSONL")
     parser.add_argument("--plot", type=Path, metavar="PNG")
     add_model_flags(parser)
