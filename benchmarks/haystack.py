@@ -40,9 +40,7 @@ class Haystack:
             positions = torch.arange(first, length)[None]
             keys, values = (
                 torch.cat(
-                    [of_sinks[:, :, first:]]
-                    + list(self._remembered(layer.memory, name, max(first, sinks), length)),
-                    dim=2,
+                    (of_sinks[:, :, first:], *self._remembered(layer.memory, name, max(first, sinks), length)), dim=2
                 )
                 for name, of_sinks in (("keys", layer.sink_keys), ("values", layer.sink_values))
             )
