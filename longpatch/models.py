@@ -58,6 +58,25 @@ def load_model(
         raise LongpatchError("load_model", [f"{name!r} does not load: {first_line}"], SUPPORTED) from error
 
 
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of MODEL alone.
+
+    Raises:
+        LongpatchError: as `load_model`.
+    """
+    try:
+        base = base_name(name) if is_adapter(name) else name
+        if base == "smollm2" or base.endswith(".gguf"):
+            path = smollm2_file() if base == "smollm2" else Path(base)
+            return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        return AutoTokenizer.from_pretrained(str(DEMO_FOLDER) if base == "demo" else base)
+    except LongpatchError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise LongpatchError("load_tokenizer", [f"{name!r} does not load: {first_line}"], SUPPORTED) from error
+
+
 def _from_name(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
     if name == "demo":
         return _from_folder(str(DEMO_FOLDER), options)
