@@ -5,7 +5,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -64,7 +64,7 @@ def convert_model(
     limit_distance: int | None = None,
     slack: int | None = None,
     implementation: str | None = None,
-    recall: Recall | None = None,
+    recall: Recall | Literal[False] | None = None,
 ) -> Model:
     """Give a causal language model Λ-shaped attention, in place (LM-Infinite, arXiv 2308.16137).
 
@@ -82,7 +82,8 @@ def convert_model(
         slack: tokens beyond the window that the cache can take back exactly, as assisted decoding needs. Default: what
             the model was saved with, else 64.
         implementation: "auto" or a name in `longpatch_kernels.IMPLEMENTATIONS`. Default: as saved, else "auto".
-        recall: what of the text that left the window comes back, see `Recall`. Default: as saved, else nothing.
+        recall: what of the text that left the window comes back, see `Recall`; False: nothing. Default: as saved, else
+            nothing.
 
     Returns:
         The same instance.
@@ -106,6 +107,7 @@ def convert_model(
         implementation = str(marker.get("implementation", "auto"))
     if recall is None and marker.get("recall"):
         recall = Recall(**marker["recall"])
+    recall = recall or None
     try:
         settings = LambdaConfig(local_branch, global_branch, limit_distance, slack, implementation, recall)
         reasons += _recall_reasons(recall, config)

@@ -1,5 +1,6 @@
 """One training run, on the Trainer of transformers."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..adapter import write_record
 from ..convert import unwrap
+from ..data import load_rows, pad_right
+from ..data.counts import table
 from ..errors import LongpatchError
 from .config import TrainConfig
-from .data import load_rows, pad_right
 from .model import prepare_model
 
 
@@ -26,7 +28,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     data = config.data
     rows = load_rows(data.train, data, tokenizer, streaming=data.streaming)
     validation = None if data.validation is None else load_rows(data.validation, data, tokenizer)
-    record = adapter_record(config, model)
+    if rows.counts:
+        print(table(rows.counts))
+    record = adapter_record(config, model) | {"data": [asdict(count) for count in rows.counts]}
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -80,4 +84,4 @@ class RecordWriter(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            write_record(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.record)
+            write_record(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self.record)
