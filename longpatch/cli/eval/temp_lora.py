@@ -47,6 +47,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     walk.add_argument(
         "--cache-reuse-chunks", type=int, default=1, metavar="K", help="build the cache anew after (0: never)"
     )
+    walk.add_argument(
+        "--fresh-base", action="store_true", help="rebuild the base's cache as well, for a model that does not stream"
+    )
     report = parser.add_argument_group("report")
     report.add_argument(
         "--bucket-tokens", type=positive, metavar="N", help="size of position buckets (default: a sixth)"
@@ -106,6 +109,7 @@ def run(arguments: Namespace) -> None:
         tuple(arguments.inference_context_tokens),
         arguments.cache_reuse_chunks or None,
         learn_options(arguments),
+        arguments.fresh_base,
     )
     scores, lines = [], []
     for path in arguments.texts[: arguments.limit]:
@@ -191,6 +195,7 @@ def _records(arguments: Namespace, walk: Walk, text: str, found: Bucket) -> list
         "chunk_tokens": walk.chunk_tokens,
         "context_tokens": walk.context_tokens,
         "cache_reuse_chunks": walk.cache_reuse_chunks,
+        "fresh_base": walk.fresh_base,
         "learn": walk.learn.to_dict(),
     }
     metrics = {"perplexity": found.perplexity, "mean_chunk_perplexity": found.chunk_mean}
