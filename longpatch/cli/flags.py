@@ -8,15 +8,17 @@ import torch
 
 from longpatch_kernels import IMPLEMENTATIONS
 
+from ..chat.sampling import Sampling
 from ..convert import convert_model
 from ..errors import LongpatchError
 from ..evaluation.arms import SYNTAX, Arm, check_arms, converted_arm, parse_arms
 from ..evaluation.run import Run
 from ..models import load_model
 from ..recall import Recall
+from ..temp_lora import LearnOptions
 
 MODEL_HELP = "a folder, a hub name, a .gguf file, 'demo' (the small model inside this package) or 'smollm2'"
-TEMPLATE_HELP = "chat template: auto (the tokenizer's where it has one), none, a template's name, or a Jinja file"
+TEMPLATE_HELP = "auto (the tokenizer's where it has one), none, vicuna, llama-2, llama-3, mistral, or a Jinja file"
 
 
 def positive(text: str) -> int:
@@ -120,6 +122,39 @@ def add_run_flags(parser: argparse.ArgumentParser, baselines: str = SYNTAX) -> N
 
 def add_template_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat-template", default="auto", metavar="NAME|FILE|none", help=TEMPLATE_HELP)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser, new_tokens: int) -> None:
+    """How text is written."""
+    group = parser.add_argument_group("writing")
+    group.add_argument("--new-tokens", type=positive, default=new_tokens, metavar="N", help=f"default: {new_tokens}")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest share P")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less")
+
+
+def sampling(arguments: argparse.Namespace) -> Sampling:
+    return Sampling(arguments.new_tokens, arguments.temperature, arguments.top_p, arguments.repetition_penalty)
+
+
+def add_learning_flags(parser: argparse.ArgumentParser) -> None:
+    """A temporary adapter that learns while text is written."""
+    group = parser.add_argument_group("temporary adapter (Temp-LoRA)")
+    group.add_argument("--temp-lora", action="store_true", help="learn from the text while it lasts")
+    group.add_argument("--learn-tokens", type=positive, default=256, metavar="N", help="tokens learned at a time")
+    group.add_argument("--learning-rate", type=float, default=5e-5, metavar="X")
+    group.add_argument("--rank", type=positive, default=64, metavar="R")
+    group.add_argument("--epochs", type=positive, default=2, metavar="N", help="steps on each part")
+
+
+def learn_options(arguments: argparse.Namespace) -> LearnOptions:
+    return LearnOptions(
+        rank=arguments.rank,
+        alpha=arguments.rank,
+        learning_rate=arguments.learning_rate,
+        epochs=arguments.epochs,
+        seed=arguments.seed,
+    )
 
 
 def open_arms(arguments: argparse.Namespace, model, kinds: tuple[str, ...], call: str) -> list[Arm]:

@@ -1,12 +1,14 @@
 """Does a model use what lies far back? Its loss when context beyond a distance is hidden or shuffled."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+
+from ..data.documents import Document
 
 WAYS = ("hidden", "shuffled")
 
@@ -35,6 +37,17 @@ def windows(ids: Tensor, length: int, limit: int | None = None) -> list[Tensor]:
     if limit is not None and len(starts) > limit:
         starts = [starts[i * len(starts) // limit] for i in range(limit)]
     return [ids[start : start + length] for start in starts]
+
+
+def answers(documents: Iterable[Document], bos: int | None) -> Iterator[tuple[Tensor, int]]:
+    """Of each conversation its tokens [n] up to the end of its last answer, without BOS, and that answer's size."""
+    for document in documents:
+        if document.trained is None:
+            continue
+        ids, trained = torch.from_numpy(document.ids.astype("int64")), torch.from_numpy(document.trained)
+        end = int(trained.nonzero()[-1]) + 1
+        begin = int((~trained[:end]).nonzero()[-1]) + 1
+        yield ids[int(ids[0] == bos) : end], end - begin
 
 
 @torch.no_grad()

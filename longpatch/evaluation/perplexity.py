@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers.cache_utils import Cache
 
+MIB = 2**20
+
 
 @dataclass(frozen=True)
 class Chunk:

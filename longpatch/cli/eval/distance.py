@@ -1,19 +1,23 @@
 """Does the model use tokens at each distance? Its loss when the context beyond a distance is hidden or shuffled.
 
 Writes a table, JSON lines (--out) and a plot (--plot). A cost above zero says that what lies beyond that distance
-lowers the loss; "used" marks a cost of more than two standard errors.
+lowers the loss; "used" marks a cost of more than two standard errors. Of .jsonl rows of conversations, each is a
+window, and its last answer counts.
 """
 
 from argparse import ArgumentParser, Namespace
+from itertools import islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from ...data.documents import Encoder
+from ...data.mixture import parse_parts, read_mixture
 from ...errors import LongpatchError
-from ...evaluation.distance import WAYS, Effect, distance_losses, doubling, effects, farthest_used, windows
+from ...evaluation.distance import WAYS, Effect, answers, distance_losses, doubling, effects, farthest_used, windows
 from ...results import record, write_records
-from ..flags import MODEL_HELP, add_model_flags, open_converted, positive
+from ..flags import MODEL_HELP, add_model_flags, add_template_flag, open_converted, positive
 
 EXAMPLES = """\
 examples:
@@ -24,13 +28,14 @@ examples:
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("texts", type=Path, nargs="+", metavar="FILE", help="UTF-8 texts")
+    parser.add_argument("texts", type=Path, nargs="+", metavar="FILE", help="UTF-8 texts, or .jsonl rows")
     parser.add_argument("--length", type=positive, required=True, metavar="N", help="tokens of a window")
     parser.add_argument("--distances", type=positive, nargs="+", metavar="D", help="default: 16, 32, 64, ...")
     parser.add_argument("--scored", type=positive, default=64, metavar="N", help="last tokens of a window that count")
     parser.add_argument("--limit", type=positive, default=64, metavar="N", help="windows in all (default: 64)")
     parser.add_argument("--out", type=Path, metavar="JSONL")
     parser.add_argument("--plot", type=Path, metavar="PNG")
+    add_template_flag(parser)
     add_model_flags(parser)
 
 
@@ -42,17 +47,22 @@ def run(arguments: Namespace) -> None:
         raise LongpatchError("eval distance", [reason], f"less than length - scored = {room}")
     model, tokenizer = open_converted(arguments)
     share = -(-arguments.limit // len(arguments.texts))
+    bos = tokenizer.bos_token_id
     cut = []
     for path in arguments.texts:
-        ids = torch.tensor(tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False))
-        cut += windows(ids, arguments.length, share)
+        if path.suffix == ".jsonl":
+            encoder = Encoder(tokenizer, arguments.chat_template)
+            rows = answers(map(encoder, read_mixture(parse_parts(str(path)))), bos)
+            enough = (row for row in rows if max(distances) < len(row[0]) - row[1] and len(row[0]) <= arguments.length)
+            cut += islice(enough, share)
+        else:
+            ids = torch.tensor(tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False))
+            cut += [(window, arguments.scored) for window in windows(ids, arguments.length, share)]
     if not cut:
         raise LongpatchError("eval distance", [f"no text has {arguments.length} tokens"])
     losses = []
-    for window in tqdm(cut, unit="window", mininterval=5):
-        read = distance_losses(
-            model, window, distances, arguments.scored, tokenizer.bos_token_id, arguments.seed + len(losses)
-        )
+    for window, scored in tqdm(cut, unit="window", mininterval=5):
+        read = distance_losses(model, window, distances, scored, bos, arguments.seed + len(losses))
         losses.append({(way, distance): loss for way, distance, loss in read})
     table = effects(losses)
     print(f"{'beyond':<10}{'distance':>8}{'loss':>10}{'cost':>10}   (nats a token, {len(losses)} windows)")
