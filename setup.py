@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "test": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.15", "pyright>=1.1.400", "triton>=3.6"],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.15", "pyright>=1.1.400", "triton>=3.6"],
     "eval": ["lm-eval>=0.4.13", "sacrebleu>=2.5", "rouge-score>=0.1.2"],
     "gguf": ["gguf>=0.10"],
     "qlora": ["bitsandbytes>=0.46"],
@@ -12,6 +12,7 @@ EXTRAS = {
     "flash-attn": ["flash-attn>=2.7"],
     "xformers": ["xformers>=0.0.35"],
 }
+EXTRAS["test"] += EXTRAS["eval"] + EXTRAS["gguf"] + EXTRAS["qlora"]
 
 setup(
     name="longpatch",

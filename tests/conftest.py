@@ -1,6 +1,8 @@
 import importlib.util
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small and tests run side by side; children inherit it
+
 import torch
 from hypothesis import settings
 

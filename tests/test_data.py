@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from longpatch import LongpatchError
+from longpatch.data import Rows, load_rows, pad_right
+from longpatch.data.binary import sidecar, write_binary
+from longpatch.data.settings import DataSection
 from longpatch.demo import load
-from longpatch.finetune.data import Rows, load_rows, pad_right
-from longpatch.finetune.data.binary import sidecar, write_binary
-from longpatch.finetune.sections import DataSection
 
 WORDS = "All work and no play makes a long text. "
 

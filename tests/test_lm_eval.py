@@ -1,6 +1,7 @@
 """lm-evaluation-harness through "longpatch" gives what its own Hugging Face model gives on the converted model."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from longpatch import LongpatchError, convert_model  # noqa: E402
+from longpatch.cli import main  # noqa: E402
 from longpatch.evaluation.lm_eval import LongpatchLM, register, set_rope_theta  # noqa: E402
 from longpatch.models import load_model  # noqa: E402
 
@@ -63,6 +65,15 @@ def test_equal_to_lm_evals_own_model_on_a_converted_one(tasks, name, window):
         assert str(mine) == str(theirs)
     unconverted = answers("longpatch", tasks, model_args=f"pretrained={name},convert=False", device="cpu")
     assert str(unconverted["local_choice"]) != str(found["local_choice"])
+
+
+def test_the_command_hands_over(tasks, tmp_path, capsys):
+    arguments = ["--model", "longpatch", "--model_args", "pretrained=demo,local_branch=64,global_branch=4"]
+    arguments += ["--tasks", "local_choice", "--include_path", str(tmp_path), "--device", "cpu"]
+    before = list(sys.argv)
+    assert main(["lm-eval", *arguments]) == 0
+    assert "local_choice" in capsys.readouterr().out
+    assert sys.argv == before
 
 
 def test_nothing_is_cut_in_silence(caplog):

@@ -7,9 +7,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ..adapter import RECORD, write_record
 from ..convert import unwrap
+from ..data import load_rows, pad_right
 from ..errors import LongpatchError
 from .config import TrainConfig
-from .data import load_rows, pad_right
 from .model import prepare_model
 
 
@@ -86,4 +86,4 @@ class RecordWriter(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            write_record(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.record)
+            write_record(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self.record)

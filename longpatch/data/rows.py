@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from ..sections import DataSection
 from .documents import Document
+from .settings import DataSection
 
 IGNORED = -100  # the label that cross-entropy leaves out
 

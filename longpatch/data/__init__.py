@@ -5,12 +5,12 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from ...errors import LongpatchError
-from ..sections import DataSection
+from ..errors import LongpatchError
 from .batch import pad_right
 from .binary import is_binary, read_binary
 from .documents import Encoder
 from .rows import Rows, StreamedRows
+from .settings import DataSection
 from .sources import read_sources
 
 __all__ = ["Rows", "StreamedRows", "load_rows", "pad_right"]

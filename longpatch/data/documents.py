@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...errors import LongpatchError
+from ..errors import LongpatchError
 from .sources import Source
 
 SUPPORTED = "{text}; {messages: [{role, content}, ...]}; {input or instruction, output}"

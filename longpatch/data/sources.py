@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...errors import LongpatchError
+from ..errors import LongpatchError
 
 SUPPORTED = ".txt, .jsonl, a folder of them, a token .bin, or hub:NAME[:SPLIT] with the package datasets"
 

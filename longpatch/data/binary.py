@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import LongpatchError
+from ..errors import LongpatchError
 
 DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
 
