@@ -1,8 +1,6 @@
 """What people put around a model: adapters, quantised weights, offloading, trainers, copies, several processes."""
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import longpatch
-from longpatch import LambdaCache, LongpatchError, convert_llama_model, convert_model, revert_model
+from longpatch import LambdaCache, LongpatchError, convert_llama_model, revert_model
+from tests.processes import run_processes
 from tests.tiny import random_ids, tiny_llama
 
 WINDOW, SINKS = 12, 3
@@ -239,7 +238,8 @@ def test_from_pretrained_takes_the_saved_settings_up_again(tmp_path):
     assert loaded.longpatch.config == model.longpatch.config
     assert loaded.dtype == torch.float64
     close(loaded(random_ids(1, 60)).logits.float(), model(random_ids(1, 60)).logits)
-    assert isinstance(loaded.generate(random_ids(1, 5), max_new_tokens=2, return_dict_in_generate=True).past_key_values, LambdaCache)
+    written = loaded.generate(random_ids(1, 5), max_new_tokens=2, return_dict_in_generate=True)
+    assert isinstance(written.past_key_values, LambdaCache)
 
 
 def test_from_pretrained_of_a_model_that_was_not_converted(folder):
@@ -252,9 +252,7 @@ def test_tensor_parallel_over_two_processes(folder, tmp_path):
     reference = converted(LlamaForCausalLM.from_pretrained(folder))
     expected = reads_and_writes(reference)
     program = Path(__file__).with_name("tensor_parallel.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*launcher, program, folder, tmp_path / "out.pt"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_processes([program, folder, tmp_path / "out.pt"], tmp_path / "logs")
     result = torch.load(tmp_path / "out.pt", weights_only=True)
     close(result["logits"], expected)
     written = reference.generate(random_ids(1, 40), max_new_tokens=8, do_sample=False)

@@ -1,10 +1,6 @@
 """Arms, and runs that end with the same records however they got there."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,9 +8,9 @@ from longpatch import LongpatchError, convert_model
 from longpatch.evaluation.arms import Arm, check_arms, converted_arm, parse_arms
 from longpatch.evaluation.run import Measurement, Run, Sample
 from longpatch.results import read_records
+from tests.processes import run_processes, run_python
 from tests.tiny import tiny_llama
 
-ROOT = Path(__file__).parent.parent
 ARMS = [Arm("original"), Arm("16/2", {"local_branch": 16, "global_branch": 2})]
 SAMPLES = [Sample({"length": 8 * (i % 2)}, {"trial": i}, i) for i in range(5)]
 
@@ -117,12 +113,8 @@ def test_two_processes_give_the_records_of_one(tmp_path):
         "-m", "longpatch.cli", "eval", "perplexity", "demo", str(tmp_path / "texts"), "--local-branch", "32",
         "--baseline", "original", "--bucket", "40",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    for out, words in (("one.jsonl", []), ("two.jsonl", launch)):
-        command = [sys.executable, *words, *shared, "--out", str(tmp_path / out)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=180)
-        assert done.returncode == 0, done.stderr[-2000:]
+    run_python([*shared, "--out", tmp_path / "one.jsonl"])
+    run_processes([*shared, "--out", tmp_path / "two.jsonl"], tmp_path / "logs")
     one, two = (read_records(tmp_path / name) for name in ("one.jsonl", "two.jsonl"))
     assert len(one) > 12
     assert [json.dumps(r) for r in one] == [json.dumps(r) for r in two]

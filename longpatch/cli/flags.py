@@ -13,6 +13,7 @@ from ..convert import convert_model
 from ..evaluation.arms import SYNTAX, Arm, check_arms, converted_arm, parse_arms
 from ..evaluation.run import Run
 from ..models import load_model
+from ..recall import Recall
 from ..temp_lora import LearnOptions
 
 MODEL_HELP = "a folder, a hub name, a .gguf file, 'demo' (the small model inside this package) or 'smollm2'"
@@ -45,6 +46,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--local-branch", type=int, metavar="L", help="window in tokens (default: the training length)")
     group.add_argument("--global-branch", type=int, metavar="G", help="first tokens that stay visible (default: 10)")
     group.add_argument("--limit-distance", type=int, metavar="D", help="distance at which they appear (default: L)")
+    group.add_argument(
+        "--recall",
+        type=Recall.parse,
+        metavar="SETTINGS",
+        help="what left the window comes back: 'default', or settings of longpatch.Recall: top_k=20,distance=128",
+    )
     group.add_argument("--no-convert", action="store_true", help="leave the model as it is")
     group.add_argument("--attn", choices=("auto", *IMPLEMENTATIONS), default="auto", help="attention implementation")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -62,6 +69,7 @@ def conversion_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "global_branch": arguments.global_branch,
         "limit_distance": arguments.limit_distance,
         "implementation": arguments.attn,
+        "recall": arguments.recall,
     }
 
 
