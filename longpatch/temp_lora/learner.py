@@ -64,6 +64,13 @@ class Learner:
         if self.adapter is not None:
             self.adapter.detach()
 
+    def reset(self) -> None:
+        """Forget what was learned."""
+        self.stop()
+        self.adapter, self.steps = None, 0
+        self._optimizers.clear()
+        self._row_weights.clear()
+
     def learn(
         self,
         context_ids: Tensor | None,
