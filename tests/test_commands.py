@@ -68,19 +68,8 @@ def test_every_evaluation_has_the_shared_flags_and_an_example(name, capsys):
 def test_arms_stand_in_one_table_on_the_same_samples(ask, tmp_path, capsys):
     """The floor of a metric is known: a constant answer scores what its string has in common with the key."""
     arms = "original,truncate:64,constant:12345"
-    arguments = [
-        "passkey",
-        "demo",
-        *WINDOW,
-        "--lengths",
-        "96,160",
-        "--depths",
-        "2",
-        "--trials",
-        "1",
-        "--baseline",
-        arms,
-    ]
+    placed = ["--lengths", "80,96", "--depths", "2", "--trials", "1", "--digits", "2"]
+    arguments = ["passkey", "demo", *WINDOW, *placed, "--baseline", arms]
     records = ask(*arguments, "--plot", "keys.svg")
     by_arm = {}
     for record in records:
