@@ -21,9 +21,9 @@ Ctrl-C        stops an answer"""
 BLOCK = '"""'
 
 
-def run(conversation: Conversation, ask: Callable[[str], str] = input, status: TextIO | None = None) -> None:
+def run(conversation: Conversation, ask: Callable[[str], str] | None = None, status: TextIO | None = None) -> None:
     """Read messages and commands with `ask(prompt)` until it raises EOFError; `status` gets all but the answers."""
-    status = status or sys.stderr
+    ask, status = ask or input, status or sys.stderr
     while True:
         try:
             line = message(ask)
