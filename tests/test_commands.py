@@ -18,12 +18,13 @@ from longpatch.cli import main
 from longpatch.cli.eval import COMMANDS
 from longpatch.demo import load
 from longpatch.evaluation.metrics import bleu, comet, sentence_bleu, similarity
+from longpatch.evaluation.prompts import Answerer
 from longpatch.results import read_records
 from tests.processes import environment
 
 WINDOW = ["--local-branch", "64", "--global-branch", "4"]
 STORY = "The ship went on through the night. The men were silent, and the sea was calm. A light was seen far away. "
-OWN_FLAGS = ("distance", "temp-lora")  # these keep their state, and compare with their base, in ways of their own
+OWN_FLAGS = ("temp-lora",)  # it keeps its state, and compares with its base, in ways of its own
 ANSWERING = ("passkey", "needle", "topic", "qa", "translation")
 
 
@@ -38,6 +39,20 @@ def ask(tmp_path, monkeypatch):
         return read_records(tmp_path / out)
 
     return run
+
+
+@pytest.fixture
+def prompts(monkeypatch):
+    """Every prompt that is put to the model, as text."""
+    asked = []
+    answer = Answerer.answer
+
+    def remember(self, arm, ids):
+        asked.append(self.tokenizer.decode(ids))
+        return answer(self, arm, ids)
+
+    monkeypatch.setattr(Answerer, "answer", remember)
+    return asked
 
 
 def values(records, metric):
@@ -127,12 +142,16 @@ def endpoint():
     server.server_close()
 
 
-def test_needles_rescored_without_a_model(ask, tmp_path, endpoint, monkeypatch):
+def test_needles_rescored_without_a_model(ask, tmp_path, endpoint, prompts, monkeypatch):
     pytest.importorskip("rouge_score", reason="needs the extra [eval]")
     (tmp_path / "more.txt").write_text(STORY * 3, encoding="utf-8")
     arms = ["--baseline", "constant:eat a sandwich"]
     placed = ["--lengths", "192", "--depths", "0,0.5", "--new-tokens", "4"]
-    records = ask("needle", "demo", tmp_path, *WINDOW, *placed, *arms, "--target", "a sandwich")
+    own = ["--needle", " He ate a sandwich.", "--question", " What did he eat?", "--target", "a sandwich"]
+    records = ask("needle", "demo", tmp_path, *WINDOW, *placed, *arms, *own)
+    assert all(
+        prompt.count("He ate a sandwich. ") == prompt.count("What did he eat?\nAnswer:") == 1 for prompt in prompts
+    )
     assert values(records, "match") == [0, 0, 1, 1]
     assert values(records, "rougeL")[2:] == [pytest.approx(0.8)] * 2
 
@@ -165,19 +184,9 @@ def test_topics_and_lines_from_longevals_files(ask, tmp_path):
     assert [(r["settings"]["task"], r["settings"]["length"]) for r in made[:2]] == [("topic", 1), ("line", 2)]
 
 
-def test_questions_get_the_best_of_their_references(ask, tmp_path, monkeypatch):
+def test_questions_get_the_best_of_their_references(ask, tmp_path, prompts):
     rows = [{"context": STORY * 4, "question": "What was seen?", "answers": ["a far light", "the light"], "id": "q"}]
     write_rows(tmp_path / "rows.jsonl", rows)
-    prompts = []
-    from longpatch.evaluation.prompts import Answerer
-
-    answer = Answerer.answer
-
-    def remember(self, arm, ids):
-        prompts.append(self.tokenizer.decode(ids))
-        return answer(self, arm, ids)
-
-    monkeypatch.setattr(Answerer, "answer", remember)
     arguments = ["--new-tokens", "2", "--context-tokens", "20", "--baseline", "constant:A light</Answer> there"]
     found = ask("qa", "demo", "rows.jsonl", *WINDOW, *arguments)
     assert [r["value"] for r in found if r["settings"]["arm"].startswith("constant")] == [1, 1]
@@ -185,6 +194,10 @@ def test_questions_get_the_best_of_their_references(ask, tmp_path, monkeypatch):
     begin, end = STORY[:20], STORY.rstrip()[-12:]
     assert all(begin in prompt and end in prompt and STORY not in prompt for prompt in prompts)
     assert all(prompt.endswith("<Answer>") for prompt in prompts)
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}USER: {{ m.content }} {% endfor %}BOT:")
+    ask("qa", "demo", "rows.jsonl", "--new-tokens", "1", "--chat-template", "chat.jinja", out="chat.jsonl")
+    assert prompts[-1].startswith("USER: ")
+    assert prompts[-1].endswith("BOT: <Answer>")
 
 
 def test_continuations_score_what_the_libraries_say(ask):
@@ -380,6 +393,7 @@ def test_killed_and_resumed_is_the_same_file(ask, tmp_path):
     assert state.exists()
     assert not (tmp_path / "out.jsonl").exists()
     saved = json.loads(state.read_text())
+    assert main([*arguments, "--out", "out.jsonl", "--resume", "--bucket", "500"]) == 2  # another run
     assert main([*arguments, "--out", "out.jsonl", "--resume"]) == 0
     assert main([*arguments, "--out", "whole.jsonl"]) == 0
     whole = read_records(tmp_path / "whole.jsonl")
