@@ -5,6 +5,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from longpatch import LongpatchError, TempLoraGenerator, convert_model, temp_lora
+from longpatch.temp_lora import Learner
 from longpatch.temp_lora.visible import sinks_of, visible
 from tests.test_temp_lora import assert_same, snapshot
 from tests.tiny import random_ids, tiny_llama
@@ -128,6 +129,28 @@ def test_rows_are_what_they_would_be_alone(converted):
         assert not own[len(alone) :].any()
         ended += len(alone) < len(own)
     assert converted or ended
+
+
+def test_what_comes_after_a_rows_end_is_not_learned(monkeypatch):
+    ids = random_ids(2, 9)
+    plain = model_with_end().generate(ids, max_new_tokens=30, do_sample=False)
+    eos = int(plain[0, 20])
+    masks, original = [], Learner.learn
+
+    def learn(self, context_ids, new_ids, **options):
+        masks.append(options["loss_mask"])
+        return original(self, context_ids, new_ids, **options)
+
+    monkeypatch.setattr(Learner, "learn", learn)
+    settings = LEARN | {"learning_rate": 0.0}
+    model = model_with_end(eos=eos)
+    output = TempLoraGenerator(model, chunk_tokens=4, context_tokens=64, **settings).generate(ids, **GREEDY)
+    learned = torch.cat(masks, dim=1)
+    for row in range(2):
+        ends = (output[row, 9:] == eos).nonzero().flatten().tolist()
+        written = ends[0] + 1 if ends else learned.shape[1]
+        assert learned[row].nonzero().flatten().tolist() == list(range(min(written, learned.shape[1])))
+    assert not learned.all()
 
 
 class Streamer:
