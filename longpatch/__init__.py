@@ -12,6 +12,7 @@ from .convert import (
 )
 from .errors import LongpatchError
 from .interpolation import interpolate_rope, revert_rope
+from .models import from_pretrained
 from .preallocated import PreallocatedCache
 from .recall import Recall
 from .temp_lora import TempLoraGenerator, temp_lora
@@ -28,6 +29,7 @@ __all__ = [
     "convert_model",
     "convert_mpt_model",
     "convert_yi_model",
+    "from_pretrained",
     "interpolate_rope",
     "revert_model",
     "revert_rope",

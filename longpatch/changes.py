@@ -54,3 +54,18 @@ class Changes:
                 delattr(owner, name)
             else:
                 setattr(owner, name, value)
+
+
+def position_config(config: Any) -> Any:
+    """The part of a config that describes the text decoder."""
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def rebind_config(model: nn.Module, own: Any, changes: Changes) -> None:
+    """Let every module that refers to the model's config refer to `own`: two models may share one config object."""
+    shared: Any = model.config
+    replaced = {id(shared): own, id(position_config(shared)): position_config(own)}
+    for module in model.modules():
+        config = replaced.get(id(vars(module).get("config")))
+        if config is not None:
+            changes.set(module, "config", config)

@@ -5,7 +5,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -62,9 +62,9 @@ def convert_model(
     global_branch: int | None = None,
     *,
     limit_distance: int | None = None,
-    slack: int = 64,
-    implementation: str = "auto",
-    recall: Recall | None = None,
+    slack: int | None = None,
+    implementation: str | None = None,
+    recall: Recall | Literal[False] | None = None,
 ) -> Model:
     """Give a causal language model Λ-shaped attention, in place (LM-Infinite, arXiv 2308.16137).
 
@@ -79,9 +79,11 @@ def convert_model(
             keeps its sliding ones as they are.
         global_branch: number of first tokens that stay visible. Default: what the model was saved with, else 10.
         limit_distance: distance in tokens at which they appear; at least `local_branch`, its default.
-        slack: tokens beyond the window that the cache can take back exactly, as assisted decoding needs.
-        implementation: "auto" or a name in `longpatch_kernels.IMPLEMENTATIONS`.
-        recall: what of the text that left the window comes back, see `Recall`. Default: as saved, else nothing.
+        slack: tokens beyond the window that the cache can take back exactly, as assisted decoding needs. Default: what
+            the model was saved with, else 64.
+        implementation: "auto" or a name in `longpatch_kernels.IMPLEMENTATIONS`. Default: as saved, else "auto".
+        recall: what of the text that left the window comes back, see `Recall`; False: nothing. Default: as saved, else
+            nothing.
 
     Returns:
         The same instance.
@@ -99,8 +101,13 @@ def convert_model(
         local_branch = int(marker.get("local_branch") or _trained_length(config))
     if global_branch is None:
         global_branch = int(marker.get("global_branch", 10))
+    if slack is None:
+        slack = int(marker.get("slack", 64))
+    if implementation is None:
+        implementation = str(marker.get("implementation", "auto"))
     if recall is None and marker.get("recall"):
         recall = Recall(**marker["recall"])
+    recall = recall or None
     try:
         settings = LambdaConfig(local_branch, global_branch, limit_distance, slack, implementation, recall)
         reasons += _recall_reasons(recall, config)

@@ -1,6 +1,7 @@
-"""The one exception of this library."""
+"""The one exception of this library, and reasons for it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class LongpatchError(ValueError):
@@ -13,3 +14,15 @@ class LongpatchError(ValueError):
 
     def __reduce__(self):
         return type(self), (self.call, self.reasons, self.supported)
+
+
+def at_least(least: int, **values: Any) -> list[str]:
+    return [
+        f"{name}={value!r} must be an integer of at least {least}"
+        for name, value in values.items()
+        if not isinstance(value, int) or isinstance(value, bool) or value < least
+    ]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

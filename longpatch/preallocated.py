@@ -149,8 +149,8 @@ class PreallocatedCache(Cache):
         text: Any = config.get_text_config(decoder=True)
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        dtype = dtype or getattr(text, "dtype", None) or torch.float32
-        return 2 * _cached_layers(config) * batch * heads * max_length * dim * dtype.itemsize
+        number: torch.dtype = dtype or getattr(text, "dtype", None) or torch.float32
+        return 2 * _cached_layers(config) * batch * heads * max_length * dim * number.itemsize
 
 
 def _cached_layers(config: PreTrainedConfig) -> int:

@@ -1,8 +1,7 @@
 """What people put around a model: adapters, quantised weights, offloading, trainers, copies, several processes."""
 
 import copy
-import subprocess
-import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import longpatch
-from longpatch import LambdaCache, LongpatchError, convert_llama_model, convert_model, revert_model
+from longpatch import LambdaCache, LongpatchError, convert_llama_model, revert_model
+from tests.processes import run_processes
 from tests.tiny import random_ids, tiny_llama
 
 WINDOW, SINKS = 12, 3
@@ -137,13 +137,14 @@ def gptq_settings():
 
 
 def test_gptq_without_its_loader_says_what_is_missing(folder):
-    if __import__("importlib").util.find_spec("gptqmodel"):
+    if find_spec("gptqmodel"):
         pytest.skip("gptqmodel is installed")
     model = converted(LlamaForCausalLM.from_pretrained(folder))
     model.config.quantization_config = gptq_settings()
     model.config.save_pretrained(folder)
-    with pytest.raises(LongpatchError, match=r"(?i)gptq"):
+    with pytest.raises(LongpatchError, match=r"quantised by gptq, needs the package gptqmodel.*pip install") as caught:
         longpatch.from_pretrained(folder)
+    assert "optimum" in str(caught.value) or find_spec("optimum")
 
 
 @pytest.mark.gpu
@@ -181,6 +182,23 @@ def test_a_device_map_with_disk_offload(folder, tmp_path):
     model = LlamaForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offload")
     assert any(parameter.is_meta for parameter in model.parameters())
     close(reads_and_writes(converted(model)), expected)
+
+
+def test_weights_of_attention_are_refused():
+    """They are never formed; a switch in the config counts as the argument does."""
+    model, ids = converted(), random_ids(1, 20)
+    with pytest.raises(LongpatchError, match="output_attentions=True"):
+        model(ids, output_attentions=True)
+    with pytest.raises(LongpatchError, match="output_attentions=True"):
+        model.generate(ids, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
+    reads_and_writes(model)
+
+
+def test_attention_dropout_is_refused_in_training_only():
+    model, ids = converted(tiny_llama(attention_dropout=0.1)), random_ids(1, 40)
+    close(reads_and_writes(model), reads_and_writes(converted()))
+    with pytest.raises(LongpatchError, match=r"attention dropout of 0\.1.*attention_dropout=0"):
+        model.train()(ids)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -239,7 +257,8 @@ def test_from_pretrained_takes_the_saved_settings_up_again(tmp_path):
     assert loaded.longpatch.config == model.longpatch.config
     assert loaded.dtype == torch.float64
     close(loaded(random_ids(1, 60)).logits.float(), model(random_ids(1, 60)).logits)
-    assert isinstance(loaded.generate(random_ids(1, 5), max_new_tokens=2, return_dict_in_generate=True).past_key_values, LambdaCache)
+    written = loaded.generate(random_ids(1, 5), max_new_tokens=2, return_dict_in_generate=True)
+    assert isinstance(written.past_key_values, LambdaCache)
 
 
 def test_from_pretrained_of_a_model_that_was_not_converted(folder):
@@ -252,9 +271,7 @@ def test_tensor_parallel_over_two_processes(folder, tmp_path):
     reference = converted(LlamaForCausalLM.from_pretrained(folder))
     expected = reads_and_writes(reference)
     program = Path(__file__).with_name("tensor_parallel.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*launcher, program, folder, tmp_path / "out.pt"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_processes([program, folder, tmp_path / "out.pt"], tmp_path / "logs")
     result = torch.load(tmp_path / "out.pt", weights_only=True)
     close(result["logits"], expected)
     written = reference.generate(random_ids(1, 40), max_new_tokens=8, do_sample=False)

@@ -110,8 +110,9 @@ def test_sliding_layers_hold_their_own_window():
     model = converted("gemma3_text")
     cache = model(random_ids(1, 100)).past_key_values
     slack = model.longpatch.config.slack
-    # Sinks twice: as they came, and turned.
-    assert [layer.keys.shape[2] for layer in cache.layers] == [8 + slack, 2 * SINKS + WINDOW + slack]
+    held = [(layer.keys.shape[2], layer.values.shape[2]) for layer in cache.layers]
+    # Keys of sinks three times: as they came, a quarter turn on, and as a decode step sees them.
+    assert held == [(8 + slack, 8 + slack), (3 * SINKS + WINDOW + slack, SINKS + WINDOW + slack)]
 
 
 def test_the_default_window_is_what_the_model_was_trained_with():

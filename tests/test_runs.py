@@ -1,20 +1,17 @@
 """Arms, and runs that end with the same records however they got there."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from longpatch import LongpatchError, convert_model
+from longpatch.cli import main
 from longpatch.evaluation.arms import Arm, check_arms, converted_arm, parse_arms
 from longpatch.evaluation.run import Measurement, Run, Sample
 from longpatch.results import read_records
+from tests.processes import run_processes
 from tests.tiny import tiny_llama
 
-ROOT = Path(__file__).parent.parent
 ARMS = [Arm("original"), Arm("16/2", {"local_branch": 16, "global_branch": 2})]
 SAMPLES = [Sample({"length": 8 * (i % 2)}, {"trial": i}, i) for i in range(5)]
 
@@ -25,7 +22,8 @@ def test_arms_are_read_from_one_line():
     )
     assert [arm.kind for arm in arms] == ["original", "lambda", "lambda", "fresh", "truncate", "constant", "original"]
     assert arms[1].conversion == {
-        "implementation": "x", "local_branch": 1024, "global_branch": 10, "limit_distance": None
+        "implementation": "x", "local_branch": 1024, "global_branch": 10, "limit_distance": None,
+        "recall": False,
     }  # fmt: skip
     assert arms[2].conversion["limit_distance"] == 512
     assert (arms[3].window, arms[4].keep, arms[5].answer) == (64, 2048, "a, b")
@@ -114,15 +112,11 @@ def test_two_processes_give_the_records_of_one(tmp_path):
             f"A text about {name}, and some more of it. " * 12, encoding="utf-8"
         )
     shared = [
-        "-m", "longpatch.cli", "eval", "perplexity", "demo", str(tmp_path / "texts"), "--local-branch", "32",
+        "eval", "perplexity", "demo", str(tmp_path / "texts"), "--local-branch", "32",
         "--baseline", "original", "--bucket", "40",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    for out, words in (("one.jsonl", []), ("two.jsonl", launch)):
-        command = [sys.executable, *words, *shared, "--out", str(tmp_path / out)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=180)
-        assert done.returncode == 0, done.stderr[-2000:]
+    assert main([*shared, "--out", str(tmp_path / "one.jsonl")]) == 0
+    run_processes(["-m", "longpatch.cli", *shared, "--out", tmp_path / "two.jsonl"], tmp_path / "logs")
     one, two = (read_records(tmp_path / name) for name in ("one.jsonl", "two.jsonl"))
     assert len(one) > 12
     assert [json.dumps(r) for r in one] == [json.dumps(r) for r in two]

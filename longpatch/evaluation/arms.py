@@ -76,6 +76,7 @@ def parse_arms(text: str, settings: dict[str, Any] | None = None) -> list[Arm]:
         elif lambda_arm:
             local_branch, global_branch, distance = (int(number) if number else None for number in lambda_arm.groups())
             own = {"local_branch": local_branch, "global_branch": global_branch, "limit_distance": distance}
+            own["recall"] = False
             arms.append(Arm(part, {**(settings or {}), **own}))
         elif name == "constant":
             arms.append(Arm(part, answer=value))

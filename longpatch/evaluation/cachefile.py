@@ -12,17 +12,19 @@ from ..cache import LambdaCache
 from ..errors import LongpatchError
 from ..padding import Padding
 
-COUNTERS = ("length", "written", "ring_start")
-
 
 def save_cache(cache: Any, path: Path) -> None:
     """Keys, values and counters of a LambdaCache without padding, or a plain DynamicCache, as safetensors."""
     if isinstance(cache, LambdaCache) and cache.padding != Padding():
         raise LongpatchError("save_cache", ["the cache holds padded rows"], "caches of unpadded texts")
-    tensors, counters = {}, []
+    tensors, counters = {}, {}
     for number, layer in enumerate(cache.layers):
         tensors |= {f"{number}.keys": layer.keys.contiguous(), f"{number}.values": layer.values.contiguous()}
-        counters.append({name: getattr(layer, name) for name in COUNTERS if hasattr(layer, name)})
+        memory: Any = getattr(layer, "memory", None)
+        if memory is not None:
+            tensors |= {f"{number}.memory.{name}": tensor for name, tensor in memory.state().items()}
+    if isinstance(cache, LambdaCache):
+        counters = {"length": int(cache.length), "written": int(cache.written)}
     save_file(tensors, path, metadata={"kind": type(cache).__name__, "counters": json.dumps(counters)})
 
 
@@ -32,12 +34,17 @@ def load_cache(model: Any, path: Path) -> Any:
         metadata = file.metadata()
         if metadata["kind"] == "LambdaCache":
             cache: Any = LambdaCache(model.config)
+            for name, count in json.loads(metadata["counters"]).items():
+                getattr(cache, name).fill_(count)
         else:
             cache = DynamicCache(config=model.config)
-        for number, (layer, counters) in enumerate(zip(cache.layers, json.loads(metadata["counters"]), strict=True)):
+        for number, layer in enumerate(cache.layers):
             keys, values = (file.get_tensor(f"{number}.{name}").to(model.device) for name in ("keys", "values"))
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
-            for name, value in counters.items():
-                setattr(layer, name, value)
+            if getattr(layer, "memory", None) is not None:
+                prefix = f"{number}.memory."
+                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+                state = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+                layer.memory.restore(state, model.device)
     return cache

@@ -14,7 +14,8 @@ def convert_attention(model: Any, conversion: Any) -> ExactRotary:
     base = model.base_model
     dim = model.config.rotary_dim
     frequencies = 1.0 / (10000 ** (torch.arange(0, dim, 2, dtype=torch.int64) / dim))  # as the model makes its table
-    rotary = ExactRotary(*getattr(base, "interpolated", (frequencies, 1.0)), interleaved=True)
+    frequencies, scaling = getattr(base, "interpolated", (frequencies, 1.0))
+    rotary = ExactRotary(frequencies, scaling, interleaved=True)
     conversion.hook(base, prepare_forward)
     conversion.hook(base, share_as_positions)
     for block in base.h:

@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
+from ..data.settings import DataSection
 from ..errors import LongpatchError
-from .sections import DataSection, LoraSection, ModelSection, RopeSection, training_reasons
+from .sections import LoraSection, ModelSection, RopeSection, training_reasons
 
 CALL = "train"
 

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..changes import Changes
 from ..convert import unwrap
-from .data.rows import IGNORED
+from ..data.rows import IGNORED
 
 
 def chunked_loss(hidden: Tensor, labels: Tensor, causal: Any, chunk: int) -> Tensor:

@@ -1,16 +1,17 @@
 """One training run, on the Trainer of transformers."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..adapter import write_record
+from ..adapter import RECORD, write_record
 from ..convert import unwrap
+from ..data import load_rows, pad_right
+from ..data.counts import table
 from ..errors import LongpatchError
 from .config import TrainConfig
-from .data import load_rows, pad_right
 from .model import prepare_model
 
 
@@ -26,7 +27,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     data = config.data
     rows = load_rows(data.train, data, tokenizer, streaming=data.streaming)
     validation = None if data.validation is None else load_rows(data.validation, data, tokenizer)
-    record = adapter_record(config, model)
+    if rows.counts:
+        print(table(rows.counts))
+    record = adapter_record(config, model) | {"data": [asdict(count) for count in rows.counts]}
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -35,7 +38,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         data_collator=pad_right,
         callbacks=[RecordWriter(record)],
     )
-    last = get_last_checkpoint(config.output) if resume and Path(config.output).is_dir() else None
+    last = last_checkpoint(config.output) if resume else None
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model(config.output)
     trainer.save_state()
@@ -45,15 +48,22 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     return Path(config.output)
 
 
+def last_checkpoint(output: str) -> str | None:
+    """The newest complete checkpoint: `longpatch.json` is what is written last, so a killed run's half one has none."""
+    folders = [path.parent for path in Path(output).glob(f"checkpoint-*/{RECORD}")]
+    return str(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))) if folders else None
+
+
 def training_arguments(config: TrainConfig) -> TrainingArguments:
     """The `training` section as transformers reads it, with defaults that a long row needs."""
     defaults = {
         "report_to": "none",
         "prediction_loss_only": True,
         "label_names": ["labels"],
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "dataloader_pin_memory": False,
     }
+    if config.training.get("gradient_checkpointing"):
+        defaults["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     try:
         return TrainingArguments(output_dir=config.output, remove_unused_columns=False, **(defaults | config.training))
     except (TypeError, ValueError, ImportError) as error:
@@ -80,4 +90,4 @@ class RecordWriter(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            write_record(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.record)
+            write_record(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self.record)

@@ -5,6 +5,7 @@ half of the heads cannot see the other hands on. The original rolls the shifted 
 the first tokens then see the last ones. Here the first half group stands by itself instead.
 """
 
+import copy
 import math
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..changes import Changes
+from ..changes import Changes, rebind_config
 from ..convert import unwrap
 from ..errors import LongpatchError
 
@@ -47,7 +48,8 @@ def shifted_attention(
         return causal(*cut).unflatten(0, states[0].shape[:2]).flatten(2, 3)[:, :, :tokens]
 
     first, second = zip(*((states[:, :plain], states[:, plain:]) for states in (query, key, value)), strict=True)
-    early = causal(*(states[:, :, :shift] for states in second))
+    # A copy, since a view kept for the backward pass would keep all tokens with it.
+    early = causal(*(states[:, :, :shift].contiguous() for states in second))
     late = grouped(*(states[:, :, shift:] for states in second))
     return torch.cat((grouped(*first), torch.cat((early, late), dim=2)), dim=1)
 
@@ -75,7 +77,7 @@ def shift_attention(model: Any, group: float = 0.25) -> Changes:
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     changes = Changes()
-    changes.set(causal.config, "_attn_implementation", causal.config._attn_implementation)
+    rebind_config(causal, copy.deepcopy(causal.config), changes)
     causal.set_attn_implementation(NAME)
     for module in causal.modules():
         if "layer_idx" in vars(module):

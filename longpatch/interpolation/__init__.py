@@ -5,10 +5,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..changes import Changes
+from ..changes import Changes, position_config
 from ..convert import unconverted, unwrap
 from ..errors import LongpatchError
-from .apply import MARKER, apply, position_config, reasons_against, unapply
+from .apply import MARKER, apply, reasons_against, unapply
 from .settings import METHODS, Interpolation
 
 Model = TypeVar("Model", bound=nn.Module)

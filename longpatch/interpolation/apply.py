@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ..changes import Changes
+from ..changes import Changes, position_config, rebind_config
 from ..errors import LongpatchError
 from .settings import Interpolation
 from .stale import refuse_stale_keys
@@ -16,11 +16,6 @@ from .stale import refuse_stale_keys
 MARKER = "longpatch_rope"  # in the config; and on the instance, where the changes are remembered
 LENGTHS = {"mpt": "max_seq_len", "gptj": "n_positions"}
 GPTJ_THETA = 10_000.0
-
-
-def position_config(config: Any) -> Any:
-    """The part of a config that describes the text decoder."""
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 def rotary_modules(model: nn.Module) -> dict[str, Any]:
@@ -49,7 +44,7 @@ def reasons_against(model: Any) -> list[str]:
 def apply(model: Any, settings: Interpolation) -> None:
     """Interpolate an unconverted, uninterpolated model; after an error it is as it was."""
     config = position_config(model.config)
-    own = _own_copy(model.config)
+    own = copy.deepcopy(model.config)
     changes = Changes()
     length_name = LENGTHS.get(config.model_type, "max_position_embeddings")
     before = {"length": getattr(config, length_name), "rope_parameters": getattr(config, "rope_parameters", None)}
@@ -57,7 +52,7 @@ def apply(model: Any, settings: Interpolation) -> None:
     try:
         setattr(position_config(own), MARKER, marker)
         setattr(position_config(own), length_name, settings.max_positions)
-        _rebind(model, own, changes)
+        rebind_config(model, own, changes)
         if config.model_type == "mpt":
             _extend_alibi(model, settings, changes)
         elif config.model_type == "gptj":
@@ -79,12 +74,12 @@ def unapply(model: Any) -> None:
     if isinstance(changes, Changes):
         changes.undo()
         return
-    own = _own_copy(model.config)
+    own = copy.deepcopy(model.config)
     config = position_config(own)
     before = getattr(config, MARKER)["before"]
     delattr(config, MARKER)
     setattr(config, LENGTHS.get(config.model_type, "max_position_embeddings"), before["length"])
-    _rebind(model, own, Changes())
+    rebind_config(model, own, Changes())
     if config.model_type == "mpt":
         _extend_alibi(model, Interpolation.create("none", 1, None, None, before["length"]), Changes())
     elif config.model_type == "gptj":
@@ -92,21 +87,6 @@ def unapply(model: Any) -> None:
     else:
         config.rope_parameters = before["rope_parameters"]
         _replace_rotary(model, Changes())
-
-
-def _own_copy(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Two models may share one config object, so a changed model gets one of its own."""
-    return copy.deepcopy(config)
-
-
-def _rebind(model: nn.Module, own: PreTrainedConfig, changes: Changes) -> None:
-    """Let every module that refers to the model's config refer to `own`."""
-    shared: Any = model.config
-    replaced = {id(shared): own, id(position_config(shared)): position_config(own)}
-    for module in model.modules():
-        config = replaced.get(id(vars(module).get("config")))
-        if config is not None:
-            changes.set(module, "config", config)
 
 
 def _set_parameters(model: Any, settings: Interpolation) -> None:

@@ -1,11 +1,12 @@
 """What a user may choose about recall, validated and frozen."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ..errors import LongpatchError
 
 STORAGES = ("device", "cpu", "disk")
 SEGMENT_TOKENS = 4096
+DEFAULT_DISTANCE = 64
 INTEGERS = (("top_k", 1), ("from_layer", 0), ("to_layer", 1), ("distance", 0), ("queries", 1), ("block_tokens", 1))
 
 
@@ -20,7 +21,7 @@ class Recall:
     Attributes:
         top_k: tokens (token mode) or blocks (block mode) that each query recalls.
         from_layer, to_layer: first layer that recalls, and the one after the last; None means all further layers.
-        distance: distance in tokens at which recalled tokens appear; None means half the window.
+        distance: distance in tokens at which recalled tokens appear; None means 64, or half the window if that is less.
         queries: the last so many queries of each forward recall, one in LM-Infinite; None means every query.
         block_tokens: tokens of a block; a divisor of 4,096, and at most the window. Blocks count from the sinks.
         storage: where keys and values are kept: "device" (the model's), "cpu" (pinned where there is a GPU), "disk".
@@ -65,6 +66,36 @@ class Recall:
             reasons.append(f"bits={self.bits!r} must be 8 or None")
         if reasons:
             raise LongpatchError("Recall", reasons)
+
+    def __str__(self) -> str:
+        """What differs from the defaults, as `parse` reads it: `top_k=20,distance=64`, or `default`."""
+        chosen = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        parts = [f"{name}={value}" for name, value in chosen if value != getattr(type(self), name)]
+        return ",".join(parts) or "default"
+
+    @classmethod
+    def parse(cls, text: str) -> "Recall":
+        """Settings written as `top_k=20,queries=None,storage=disk`; `default` changes nothing.
+
+        Raises:
+            LongpatchError: listing every setting that there is not, or that is out of range.
+        """
+        words = ("storage", "folder")
+        names = [field.name for field in fields(cls)]
+        chosen, wrong = {}, []
+        for part in text.split(","):
+            name, _, value = part.partition("=")
+            if part == "default":
+                continue
+            if name not in names or not value:
+                wrong.append(f"{part!r} is not a setting")
+            elif value == "None":
+                chosen[name] = None
+            else:
+                chosen[name] = value if name in words or not value.isdigit() else int(value)
+        if wrong:
+            raise LongpatchError("Recall.parse", wrong, ", ".join(f"{name}=..." for name in names))
+        return cls(**chosen)
 
     def covers(self, layer: int) -> bool:
         """Whether layer number `layer`, counted from 0, recalls."""
