@@ -99,7 +99,7 @@ def test_the_page_of_results_shows_every_record_with_its_command(tmp_path, monke
     far, needle, learned = text.split("\n## ")[1:]
     assert "Not measured yet." in far
     assert needle.startswith("Needle, small model\n\n    longpatch eval needle demo BOOKS")
-    assert "| 512 | 0.25 [0.25, 0.25] |" in needle
+    assert "| 512 | 0.25 |" in needle
     assert "similar" not in needle
     assert (tmp_path / "figures" / "demo-needle.png").stat().st_size > 5000
     assert "| 40 | 40 |" in learned
