@@ -61,6 +61,8 @@ def test_a_difference_is_no_share():
     (row,) = summarise(made([1.0, 1.0, 0.0]) + made([1.0, 1.0, 0.0], arm="b"))
     assert (row.against["b"].value, row.against["b"].low) == (0.0, None)
     assert row.cells["a"].low is not None
+    entropy = [r | {"unit": "nat"} for r in made([0.0, 0.0], "entropy")]
+    assert summarise(entropy)[0].cells["a"].low is None
 
 
 def test_columns_say_what_tells_them_apart():

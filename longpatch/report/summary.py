@@ -88,7 +88,7 @@ def _row(command: str, metric: str, unit: str, settings: dict[str, Any], columns
     name = LOG_METRICS.get(metric, "perplexity, geometric mean of documents" if is_log else metric)
     cells = {}
     for column, found in columns.items():
-        cells[column] = _cell([r["value"] for r in found], [r["n"] for r in found], is_log, not is_log)
+        cells[column] = _cell([r["value"] for r in found], [r["n"] for r in found], is_log, unit == "1" and not is_log)
     first, *others = columns
     known = {_identity(record): record for record in columns[first]}
     against = {}
