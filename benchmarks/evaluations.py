@@ -15,13 +15,15 @@ from benchmarks.measurements import MEASUREMENTS
 from benchmarks.page import write_page
 from longpatch.cli import main as longpatch
 
-RESULTS = Path(__file__).parent / "results" / "evaluations"
+RESULTS = Path(__file__).parent / "results"
 
 
 def run(books: Path, names: list[str]) -> None:
     """Run what has no results yet, or what is named; an interrupted measurement goes on where it was."""
     for measurement in MEASUREMENTS:
-        out = RESULTS / f"{measurement.name}.jsonl"
+        out = RESULTS / "evaluations" / f"{measurement.name}.jsonl"
+        if measurement.records:
+            continue  # measured by other programs
         if measurement.name in names or (not names and not out.exists()):
             command = shlex.split(measurement.command.replace("BOOKS", str(books)))
             print(f"{measurement.name}: {measurement.command}", flush=True)

@@ -14,16 +14,28 @@ BY_SINKS = (
 )
 
 
+MEMORY = "Published for another model (LM-Infinite, at 32K on an A100): 7.53 times less memory than the original."
+PASSKEY = (
+    "Published for another model (LM-Infinite, Llama-2-chat, 6K to 16K), the 5 best of the middle recalled: 81.2 %, "
+    "against 44.0 % where prompts were truncated. Here nothing is recalled, so what left the window cannot be found."
+)
+
+NEEDLE = "Published for another model (Llama-3-8B-Instruct-80K-QLoRA): found at every length to 80K and every depth."
+
+
 @dataclass(frozen=True)
 class Measurement:
-    """One command; BOOKS in it stands for the folder of books."""
+    """Commands, one a line; BOOKS in them stands for the folder of books."""
 
     name: str
     title: str
     command: str
     text: str = ""
     published: str = ""
-    metrics: tuple[str, ...] = ()  # the tables to show; empty means all
+    metrics: tuple[str, ...] = ()  # the tables to show; empty means all but those that page.py leaves out everywhere
+    hidden: tuple[str, ...] = ()  # settings that are left out of tables
+    figure: bool = False
+    records: str = ""  # a pattern of files in results/; default: evaluations/NAME.jsonl
 
 
 MEASUREMENTS = [
@@ -54,11 +66,39 @@ MEASUREMENTS = [
         text="The model as it is was not read this far: its cost grows with the square of the length.",
     ),
     Measurement(
+        "smollm2-original",
+        "SmolLM2-135M as it is, to 32,768 tokens",
+        "longpatch eval perplexity smollm2 BOOKS/5274.txt --no-convert --length 32768 --chunk 1024 --save-every 4096",
+        text="The same book as above, further than the first table; with --resume it goes on after a kill.",
+    ),
+    Measurement(
         "demo-stream",
         "Two million tokens in one stream",
         "longpatch eval perplexity demo BOOKS/5274.txt --local-branch 256 --global-branch 4"
         " --length 210001 --repeat 10 --bucket 210000 --chunk 1024",
         text="The same 210,000 tokens ten times over, in one stream: every line of the table is the same text.",
+    ),
+    Measurement(
+        "smollm2-stream",
+        "Two million tokens in one stream, SmolLM2-135M",
+        "longpatch eval perplexity smollm2 BOOKS/5274.txt --local-branch 1024 --global-branch 4"
+        " --length 210001 --repeat 10 --bucket 210000 --chunk 1024 --save-every 100000",
+        text="About 0.7 PFLOP: hours on a CPU. State is kept every 100,000 tokens; --resume goes on from there.",
+    ),
+    Measurement(
+        "demo-memory",
+        "Memory, small model",
+        "longpatch eval memory demo --text BOOKS/5274.txt --local-branch 256 --global-branch 4"
+        " --lengths 1024,4096,16384,65536 --new-tokens 16",
+        text="Cache: keys and values held after the text. Peak: of the whole process, weights and libraries included.",
+        published=MEMORY,
+        metrics=("cache", "peak_memory"),
+    ),
+    Measurement(
+        "demo-memory-original",
+        "Memory, small model as it is",
+        "longpatch eval memory demo --text BOOKS/5274.txt --no-convert --lengths 1024,4096,16384 --new-tokens 16",
+        metrics=("cache", "peak_memory"),
     ),
     Measurement(
         "demo-sinks",
@@ -73,5 +113,67 @@ MEASUREMENTS = [
         "longpatch eval perplexity smollm2 BOOKS/5274.txt --local-branch 1024"
         " --baseline 1024/0,1024/1,1024/4,1024/100,1024/512,1024/1000 --length 8192 --chunk 1024",
         published=BY_SINKS,
+    ),
+    Measurement(
+        "demo-passkey",
+        "Passkey, small model",
+        "longpatch eval passkey demo --text BOOKS/5274.txt --local-branch 256 --global-branch 4"
+        " --baseline original,truncate:256 --lengths 128,256,512,1024 --depths 5 --trials 4",
+        published=PASSKEY,
+        metrics=("exact",),
+        figure=True,
+    ),
+    Measurement(
+        "smollm2-passkey",
+        "Passkey, SmolLM2-135M",
+        "longpatch eval passkey smollm2 --wording lm-infinite --local-branch 1024 --baseline original,truncate:1024"
+        " --lengths 512,1024,2048 --depths 5 --trials 1",
+        published=PASSKEY,
+        metrics=("exact", "fuzzy"),
+        figure=True,
+    ),
+    Measurement(
+        "demo-needle",
+        "Needle, small model",
+        "longpatch eval needle demo BOOKS --local-branch 256 --global-branch 4 --baseline original"
+        " --lengths 256,512,1024 --depths 5 --trials 2",
+        text="It was not trained to answer questions: its marks are those of any English sentence.",
+        published=NEEDLE,
+        metrics=("rougeL", "match"),
+        figure=True,
+    ),
+    Measurement(
+        "smollm2-needle",
+        "Needle, SmolLM2-135M",
+        "longpatch eval needle smollm2 BOOKS --local-branch 1024 --baseline original"
+        " --lengths 512,1024,2048 --depths 5",
+        published=NEEDLE,
+        metrics=("rougeL", "match"),
+        figure=True,
+    ),
+    Measurement(
+        "demo-attention",
+        "Attention by position, small model",
+        "longpatch eval attention demo BOOKS/5274.txt BOOKS/50031.txt --local-branch 256 --global-branch 4"
+        " --baseline original --length 2048",
+        published="LM-Infinite finds the same of other models: far beyond the trained length entropy and logits grow.",
+        metrics=("entropy", "largest_logit"),
+        figure=True,
+    ),
+    Measurement(
+        "temp-lora",
+        "Temp-LoRA",
+        "longpatch eval temp-lora MODEL BOOK --help\npython -m benchmarks.temp_lora --help",
+        published="Published for another model (Temp-LoRA, Llama-2-7B on PG19): perplexity up to 13.2 % lower.",
+        metrics=("perplexity",),
+        hidden=("learn", "cache_reuse_chunks"),
+        records="**/temp[-_]lora*.jsonl",
+    ),
+    Measurement(
+        "extension",
+        "Context extension by training",
+        "longpatch train --help\npython -m benchmarks.extension --help",
+        published="Published for other models (LongQLoRA, 8,192 tokens of PG19): Llama-2 above 1,000, LongQLoRA 7.96.",
+        records="**/extension*.jsonl",
     ),
 ]

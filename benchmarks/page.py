@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from benchmarks.measurements import MEASUREMENTS, Measurement
+from longpatch.report.plot import draw
 from longpatch.report.summary import summarise
 from longpatch.report.table import tables
 from longpatch.results import read_records
 
-PAGE = Path(__file__).parent.parent / "docs" / "results.md"
+DOCS = Path(__file__).parent.parent / "docs"
 HEAD = """\
 # Results
 
@@ -16,30 +17,39 @@ folder with books of PG19's test split. float32 on a CPU. Columns: L/G is conver
 the same text in windows of W tokens that know nothing of each other. Published figures are other models', as their
 authors give them. Intervals in brackets are 95 %, by bootstrap over documents.
 """
-SKIPPED = ("bits_per_byte", "perplexity, geometric mean of documents")
+SKIPPED = ("bits_per_byte", "nll_variance", "cache", "perplexity, geometric mean of documents")
 
 
 def write_page(results: Path) -> None:
-    PAGE.write_text(page(results), encoding="utf-8")
+    """Write docs/results.md and its pictures from the JSON lines under `results`."""
+    (DOCS / "results.md").write_text(page(results, DOCS / "figures"), encoding="utf-8")
 
 
-def page(results: Path) -> str:
-    parts = [HEAD]
-    for measurement in MEASUREMENTS:
-        path = results / f"{measurement.name}.jsonl"
-        parts.append(section(measurement, path) if path.exists() else _missing(measurement))
-    return "\n".join(parts)
+def page(results: Path, figures: Path) -> str:
+    return "\n".join([HEAD, *(section(measurement, results, figures) for measurement in MEASUREMENTS)])
 
 
-def section(measurement: Measurement, path: Path) -> str:
-    records = read_records(path)
-    rows = [row for row in summarise(records) if row.metric not in SKIPPED]
-    commits = ", ".join(sorted({str(record["commit"]) for record in records}))
-    lines = [f"## {measurement.title}\n", f"    {measurement.command}\n"]
+def section(measurement: Measurement, results: Path, figures: Path) -> str:
+    """Title, commands, published figure, tables and picture of one measurement; or that it has no records."""
+    lines = [f"## {measurement.title}\n", *(f"    {line}" for line in measurement.command.splitlines()), ""]
     lines += [f"{text}\n" for text in (measurement.text, measurement.published) if text]
-    lines += [tables(rows) + "\n", f"[Records](../benchmarks/results/evaluations/{path.name}), commit {commits}.\n"]
-    return "\n".join(lines)
+    paths = sorted(results.glob(measurement.records or f"evaluations/{measurement.name}.jsonl"))
+    records = [record for path in paths for record in read_records(path)]
+    if not records:
+        return "\n".join([*lines, "Not measured yet.\n"])
+    for record in records:
+        for name in measurement.hidden:
+            record["settings"].pop(name, None)
+    rows = [row for row in summarise(records) if _shown(row.metric, measurement)]
+    lines.append(tables(rows) + "\n")
+    if measurement.figure:
+        figures.mkdir(exist_ok=True)
+        draw(figures / f"{measurement.name}.png", rows)
+        lines.append(f"![{measurement.title}](figures/{measurement.name}.png)\n")
+    links = ", ".join(f"[{path.name}](../benchmarks/results/{path.relative_to(results)})" for path in paths)
+    commits = ", ".join(sorted({str(record["commit"]) for record in records}))
+    return "\n".join([*lines, f"Records: {links}, commit {commits}.\n"])
 
 
-def _missing(measurement: Measurement) -> str:
-    return f"## {measurement.title}\n\n    {measurement.command}\n\nNot measured yet.\n"
+def _shown(metric: str, measurement: Measurement) -> bool:
+    return metric in measurement.metrics if measurement.metrics else metric not in SKIPPED

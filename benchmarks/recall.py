@@ -1,45 +1,36 @@
 """Passkeys with and without recall, by length and depth.
 
-    python -m benchmarks.recall demo BOOK.txt --lengths 1024 4096 --recall none top_k=5
-    python -m benchmarks.recall smollm2 BOOK.txt --window 1024 --lengths 4096 --depths 5 --trials 1 --recall none \\
-        top_k=5,distance=512 top_k=20,distance=512
+    python -m benchmarks.recall demo BOOK.txt --lengths 1024 4096 --recall none default
+    python -m benchmarks.recall smollm2 BOOK.txt --window 1024 --sinks 10 --lengths 4096 8192 --trials 1 --reach 1 \\
+        --verify 4096 --space --recall none top_k=5,distance=64 top_k=16,block_tokens=16,distance=64
 
-A trial is BOS, text of the book, the line with the key in place of as many tokens at some depth, text, the question. It
-counts when all tokens of the key are the model's first choice one after the other, which is when greedy generation
-writes them. Each setting of --recall is `none` or settings of `longpatch.Recall`.
+A trial is BOS, text of the book, the line with the key in place of as many tokens, text, the question. The key lies
+after 0, 1/D, 2/D, ... of the prompt for D --depths. It counts when all tokens of the key are the model's first choice
+one after the other, which is when greedy generation writes them; with --space the prompt ends with the space before the
+key. Each setting of --recall is `none` or settings of `longpatch.Recall`.
 
-All settings read a prompt once: what differs between them begins with the question. All depths share what lies before
-the key; and what lies behind its reach, `layers * window` tokens further on, where Λ-attention cannot tell whether it
-was there. --verify reads the first trial of each length whole and compares.
+All settings read a prompt once: what differs between them begins with the question. All lengths and depths of a trial
+share one text, and what lies before the key; and what lies behind its reach, --reach windows further on. By default
+that is one window a layer, where Λ-attention cannot tell whether the key was there. With less, tokens further on are
+read as if it had not been: they could know of it only through others. --verify reads whole prompts and compares.
 """
 
 import argparse
+import json
 import random
-import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longpatch import LambdaCache, Recall, convert_model
+from benchmarks.haystack import NOTHING, Haystack, ask
+from longpatch import Recall, convert_model
 from longpatch.evaluation.passkey import ANSWER_PREFIX, passkey_line
 from longpatch.models import load_model
-from longpatch.recall.blocks import BlockIndex
-from longpatch.recall.settings import SEGMENT_TOKENS
 from longpatch.results import record, write_records
 
 COMMAND = "benchmarks.recall"
-NOTHING = Recall(top_k=1 << 40)  # a memory, from which nothing is recalled
-
-
-def parse_recall(text: str) -> Recall | None:
-    """`none`, or settings such as top_k=5,distance=512,queries=None."""
-    if text == "none":
-        return None
-    pairs = (setting.split("=") for setting in text.split(",") if setting != "default")
-    return Recall(**{name: None if value == "None" else int(value) for name, value in pairs})
 
 
 def parse_arguments():
@@ -49,170 +40,131 @@ def parse_arguments():
     parser.add_argument("--window", type=int, help="local_branch (default: the training length)")
     parser.add_argument("--sinks", type=int, default=4, help="global_branch")
     parser.add_argument("--lengths", type=int, nargs="+", required=True, help="tokens of each prompt with its answer")
-    parser.add_argument("--depths", type=int, default=20, help="places of the key, evenly from the sinks to the end")
+    parser.add_argument("--depths", type=int, default=20, help="places of the key")
     parser.add_argument("--trials", type=int, default=10, help="trials at each depth, each in another stretch of text")
     parser.add_argument("--recall", nargs="+", default=["none", "default"], metavar="SETTINGS")
     parser.add_argument("--chunk", type=int, default=1024, help="tokens per forward")
-    parser.add_argument("--minutes", type=float, help="begin no stretch of text after so many minutes")
-    parser.add_argument("--verify", action="store_true", help="read the first trial of each length whole and compare")
+    parser.add_argument("--reach", type=int, metavar="WINDOWS", help="windows behind the key that are read anew")
+    parser.add_argument("--verify", type=int, nargs="+", default=[], help="lengths of which one prompt is read whole")
+    parser.add_argument("--space", action="store_true", help="end the prompt with the space before the key")
     parser.add_argument("--show", action="store_true", help="print what was said instead of each key not found")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, metavar="JSONL", help="write the results here, after each stretch of text")
+    parser.add_argument("--out", type=Path, metavar="JSONL", help="write the results here; goes on where it was killed")
     return parser.parse_args()
 
 
-@dataclass
-class Snapshot:
-    """The ring and the sinks of a cache, to come back to."""
+class Journal:
+    """What was found, one line a key, in `OUT.part`, until all are."""
 
-    length: int
-    layers: list[tuple[Tensor, Tensor]]
+    def __init__(self, out: Path | None):
+        self.path = None if out is None else out.with_name(f"{out.name}.part")
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path and self.path.exists() else []
+        self.found = {tuple(place): hits for place, hits in map(json.loads, lines)}
 
-    @classmethod
-    def of(cls, cache: LambdaCache) -> "Snapshot":
-        layers = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers if layer.is_initialized]
-        return cls(cache.get_seq_length(), layers)
+    def add(self, trial: int, start: int, hits: list[tuple[int, int, str, bool]]) -> None:
+        """`hits`: (length, depth, setting, whether the key was found)."""
+        self.found[trial, start] = hits
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([[trial, start], hits]) + "\n")
 
-    def restore(self, cache: LambdaCache) -> None:
-        """The memory is cut, or lengthened over what it still holds, to the same number of tokens."""
-        cache.length.fill_(self.length)
-        cache.written.fill_(self.length)
-        for layer, (keys, values) in zip(cache.layers, self.layers, strict=True):
-            layer.keys, layer.values = keys.clone(), values.clone()
-        for memory in cache.memories():
-            memory.lengths = [self.length - cache.config.global_branch]
-            if memory.index is not None:
-                memory.index.crop(0)
-
-
-class Haystack:
-    """One stretch of text, read once; keys are hidden in it one after the other."""
-
-    def __init__(self, model, tokenizer, ids: Tensor, starts: list[int], chunk: int):
-        """`ids` [n]: the prompt without its question; `starts`: where keys will be hidden."""
-        self.model, self.tokenizer, self.ids, self.chunk = model, tokenizer, ids, chunk
-        self.cache = LambdaCache(model.config)
-        self.snapshots: dict[int, Snapshot] = {}
-        for start in sorted({*starts, len(ids)}):
-            self.read(self.cache, ids[self.cache.get_seq_length() : start])
-            self.snapshots[start] = Snapshot.of(self.cache)
-
-    @torch.no_grad()
-    def read(self, cache: LambdaCache, ids: Tensor) -> None:
-        for start in range(0, len(ids), self.chunk):
-            self.model.base_model(ids[None, start : start + self.chunk], past_key_values=cache)
-
-    def hide(self, line: Tensor, start: int) -> list:
-        """Put `line` at token `start`; returns what `forget` needs to take it out again."""
-        settings = self.model.longpatch.config
-        reach = self.model.config.num_hidden_layers * settings.local_branch
-        stop = min(len(self.ids), start + len(line) + reach)
-        first = start - settings.global_branch  # the memory leaves out the sinks
-        kept = [
-            (segment.tensors, {name: tensor.clone() for name, tensor in segment.tensors.items()})
-            for memory in self.cache.memories()
-            for _, _, segment in memory.pieces(first, first + stop - start - 1, SEGMENT_TOKENS)
-        ]
-        self.snapshots[start].restore(self.cache)
-        self.read(self.cache, torch.cat((line, self.ids[start + len(line) : stop])))
-        if stop < len(self.ids):
-            self.snapshots[len(self.ids)].restore(self.cache)
-        return kept
-
-    def forget(self, kept: list) -> None:
-        """Take out what `hide` put in."""
-        for tensors, copies in kept:
-            for name, copy in copies.items():
-                tensors[name].copy_(copy)
-
-    def hidden_whole(self, line: Tensor, start: int) -> LambdaCache:
-        cache = LambdaCache(self.model.config)
-        self.read(cache, torch.cat((self.ids[:start], line, self.ids[start + len(line) :])))
-        return cache
+    def tally(self) -> dict[tuple[int, str], dict[int, list[bool]]]:
+        """By length and setting, by depth."""
+        tally: dict[tuple[int, str], dict[int, list[bool]]] = {}
+        for hits in self.found.values():
+            for length, depth, setting, hit in hits:
+                tally.setdefault((length, setting), {}).setdefault(depth, []).append(hit)
+        return tally
 
 
-@torch.no_grad()
-def ask(model, cache: LambdaCache, question: Tensor, answer: Tensor, recall: Recall | None) -> Tensor:
-    """Logits [answer, V] of the answer's tokens under `recall`; the cache is as before afterwards.
+class Trial:
+    """One stretch of text with a key at every place that a length and a depth ask for."""
 
-    The answer's tokens are read in one forward, each recalling as it would when generated.
-    """
-    if recall is not None and recall.queries is not None:
-        recall = replace(recall, queries=recall.queries + len(answer) - 1)
-    settings = model.longpatch.config
-    convert_model(model, settings.local_branch, settings.global_branch, recall=recall or NOTHING)
-    cache.config = model.longpatch.config
-    for memory in cache.memories():
-        if recall is not None and memory.settings.block_tokens != recall.block_tokens:
-            memory.settings = recall
-            memory.index = BlockIndex(memory) if recall.block_tokens > 1 else None
-    ids = torch.cat((question, answer[:-1]))
-    logits = model(ids[None], past_key_values=cache).logits[0, -len(answer) :]
-    cache.crop(-len(ids))
-    return logits
+    def __init__(self, arguments, tokenizer, book: Tensor, number: int):
+        def encode(text: str) -> Tensor:
+            return torch.tensor(tokenizer.encode(text, add_special_tokens=False))
+
+        rng = random.Random(arguments.seed * 1000 + number)
+        space = "" if arguments.space else " "
+        self.question, self.number = encode(ANSWER_PREFIX + " " * arguments.space), number
+        longest = max(arguments.lengths)
+        first = rng.randrange(len(book) - longest)
+        self.ids = torch.cat((book.new_tensor([tokenizer.bos_token_id]), book[first : first + longest - 1]))
+        self.places: dict[int, list[tuple[int, int]]] = {}  # (length, depth) by first token of the line
+        for length in sorted(arguments.lengths):
+            for depth in range(arguments.depths):
+                start = arguments.sinks + depth * length // arguments.depths
+                self.places.setdefault(start, []).append((length, depth))
+        self.lines, self.answers = {}, {}
+        for start in sorted(self.places):
+            key = f"{rng.randrange(10_000, 100_000)}"
+            self.lines[start], self.answers[start] = encode(passkey_line(key)), encode(space + key)
+
+    def end(self, start: int, length: int) -> int:
+        """Tokens before the question."""
+        return length - len(self.question) - len(self.answers[start])
+
+
+def whole(model, trial: Trial, start: int, end: int, chunk: int) -> Haystack:
+    line = trial.lines[start]
+    return Haystack(model, torch.cat((trial.ids[:start], line, trial.ids[start + len(line) : end])), chunk)
+
+
+def measure(arguments, model, tokenizer, trial: Trial, settings: dict[str, Recall | None], journal: Journal) -> None:
+    places = [start for start in sorted(trial.places) if (trial.number, start) not in journal.found]
+    if not places:
+        return
+    haystack = Haystack(model, trial.ids, arguments.chunk)
+    windows = model.config.num_hidden_layers if arguments.reach is None else arguments.reach
+    unverified = set(arguments.verify if trial.number == 0 else [])
+    for start in tqdm(places, desc=f"text {trial.number}"):
+        line, answer, hits = trial.lines[start], trial.answers[start], []
+        kept = haystack.hide(line, start, windows * model.longpatch.config.local_branch)
+        for length, depth in trial.places[start]:
+            end = trial.end(start, length)
+            behind = haystack.keep(end, length)
+            haystack.cut(end)
+            logits = {text: ask(model, haystack.cache, trial.question, answer, r) for text, r in settings.items()}
+            haystack.restore(behind)
+            for text, scores in logits.items():
+                hits.append((length, depth, text, bool((scores.argmax(-1) == answer).all())))
+                if arguments.show and not hits[-1][-1]:
+                    said = tokenizer.decode(scores.argmax(-1))
+                    tqdm.write(f"{length} tokens, depth {depth}, {text}: {said!r} for {tokenizer.decode(answer)!r}")
+            if length in unverified and 0 < depth < arguments.depths // 2:
+                unverified.remove(length)
+                cache = whole(model, trial, start, end, arguments.chunk).cache
+                for text, recall in settings.items():
+                    gap = (ask(model, cache, trial.question, answer, recall) - logits[text]).abs().max()
+                    tqdm.write(f"{length} tokens, depth {depth}, {text}: read whole, logits differ by {gap:.1e}")
+        haystack.restore(kept)
+        journal.add(trial.number, start, hits)
 
 
 def main():
     arguments = parse_arguments()
-    began = time.perf_counter()
     model, tokenizer = load_model(arguments.model)
     window = arguments.window or model.config.max_position_embeddings
-    settings = {text: parse_recall(text) for text in arguments.recall}
+    settings = {text: None if text == "none" else Recall.parse(text) for text in arguments.recall}
     book = torch.tensor(tokenizer.encode(arguments.text.read_text(encoding="utf-8"), add_special_tokens=False))
-
-    def encode(text: str) -> Tensor:
-        return torch.tensor(tokenizer.encode(text, add_special_tokens=False))
-
-    question, records = encode(ANSWER_PREFIX), []
-    for length in arguments.lengths:
-        rng = random.Random(arguments.seed)
-        found = {text: [[] for _ in range(arguments.depths)] for text in settings}
-        for trial in tqdm(range(arguments.trials), desc=f"{length} tokens"):
-            if arguments.minutes and time.perf_counter() - began > 60 * arguments.minutes:
-                break
-            keys = [f"{rng.randrange(10_000, 100_000)}" for _ in range(arguments.depths)]
-            lines, answers = [encode(passkey_line(key)) for key in keys], [encode(f" {key}") for key in keys]
-            size = length - len(question) - max(len(answer) for answer in answers)
-            first = rng.randrange(len(book) - size)
-            bos = book.new_tensor([tokenizer.bos_token_id])
-            ids = torch.cat((bos, book[first : first + size - 1]))
-            room = size - max(len(line) for line in lines)
-            room -= arguments.sinks
-            parts = max(1, arguments.depths - 1)
-            starts = [arguments.sinks + round(room * depth / parts) for depth in range(arguments.depths)]
-            convert_model(model, window, arguments.sinks, recall=NOTHING)
-            haystack = Haystack(model, tokenizer, ids, starts, arguments.chunk)
-            for depth, (line, start, answer) in enumerate(zip(lines, starts, answers, strict=True)):
-                convert_model(model, window, arguments.sinks, recall=NOTHING)
-                haystack.cache.config = model.longpatch.config
-                kept = haystack.hide(line, start)
-                for text, recall in settings.items():
-                    logits = ask(model, haystack.cache, question, answer, recall)
-                    first_choice = logits.argmax(-1)
-                    found[text][depth].append(bool((first_choice == answer).all()))
-                    if arguments.show and not found[text][depth][-1]:
-                        said = tokenizer.decode(first_choice)
-                        tqdm.write(f"{length} tokens, depth {depth}, {text}: {said!r} for {tokenizer.decode(answer)!r}")
-                if arguments.verify and trial == 0 and depth == arguments.depths // 2:
-                    convert_model(model, window, arguments.sinks, recall=NOTHING)
-                    whole = ask(model, haystack.hidden_whole(line, start), question, answer, recall)
-                    print(f"{length} tokens read whole: logits differ by {(whole - logits).abs().max():.1e}")
-                haystack.forget(kept)
-                tqdm.write(f"{length} {depth} " + " ".join(f"{text}:{sum(map(sum, found[text]))}" for text in settings))
-        for text in settings:
-            shown = [sum(hits) for hits in found[text]]
-            count = sum(map(len, found[text]))
-            print(f"{length:>7} tokens, {text}: {sum(shown)} of {count}; by depth {shown}", flush=True)
-            common = {"recall": text, "length": length, "window": window, "sinks": arguments.sinks}
-            values = [(common, sum(shown), count)]
-            values += [({**common, "depth": depth}, sum(hits), len(hits)) for depth, hits in enumerate(found[text])]
-            records += [
-                record(COMMAND, arguments.model, "passkey_accuracy", hits / n, "1", n, seed=arguments.seed, **where)
-                for where, hits, n in values
-                if n
-            ]
-        if arguments.out:
-            write_records(arguments.out, records)
+    convert_model(model, window, arguments.sinks, recall=NOTHING)
+    journal, records = Journal(arguments.out), []
+    for number in range(arguments.trials):
+        measure(arguments, model, tokenizer, Trial(arguments, tokenizer, book, number), settings, journal)
+    for (length, text), by_depth in sorted(journal.tally().items()):
+        shown = [sum(hits) for _, hits in sorted(by_depth.items())]
+        print(f"{length:>7} tokens, {text}: {sum(shown)} of {sum(map(len, by_depth.values()))}; by depth {shown}")
+        arm = f"{window}/{arguments.sinks}" + ("" if text == "none" else f" recall {text}")
+        for depth, hits in sorted(by_depth.items()):
+            where = {"arm": arm, "length": length, "depth": depth / arguments.depths, "reach": arguments.reach}
+            value = sum(hits) / len(hits)
+            records.append(
+                record(COMMAND, arguments.model, "found", value, "1", len(hits), seed=arguments.seed, **where)
+            )
+    if arguments.out:
+        write_records(arguments.out, records)
+        journal.path.unlink()
 
 
 if __name__ == "__main__":

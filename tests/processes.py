@@ -9,16 +9,22 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def run_python(arguments: list, timeout: float = 600, **environment: str) -> None:
+def environment(**more: str) -> dict[str, str]:
+    """What a process of this repository's code needs in its environment."""
+    paths = filter(None, (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **more}
+
+
+def run_python(arguments: list, timeout: float = 600, **more: str) -> None:
     """`python ARGUMENTS` with this repository on its path.
 
     Raises:
         AssertionError: with what it printed to stderr, if it fails.
     """
-    paths = filter(None, (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment}
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=timeout)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment(**more), check=False, timeout=timeout
+    )
     assert done.returncode == 0, done.stderr[-8000:]
 
 

@@ -6,8 +6,10 @@ from itertools import count
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import evaluations, gpu, page
+from benchmarks.measurements import MEASUREMENTS
 from benchmarks.roofline import Shape, backward_flops, decode_bytes, forward_flops, pairs, prefill_bytes
+from longpatch.results import read_records, record, write_records
 
 SMALL = Shape(1, 4, 2, 16, 40, 9, 3)
 
@@ -77,3 +79,37 @@ def test_times_take_turns_and_become_a_table(tmp_path):
     assert lines[2].startswith("| forward | B1 H4/2 d16 n40 L9 G3 | ours | 4.000 (")
     assert lines[3].endswith("| 1.25x |")
     assert "1.0 MiB extra" in lines[4]
+
+
+def test_the_page_of_results_shows_every_record_with_its_command(tmp_path, monkeypatch):
+    shown = ("demo-far", "demo-needle", "temp-lora")
+    monkeypatch.setattr(page, "MEASUREMENTS", [m for m in MEASUREMENTS if m.name in shown])
+    (tmp_path / "evaluations").mkdir()
+    marks = [
+        record("eval needle", "demo", metric, 0.25, "1", 1, arm="256/4", length=length, depth=0.5)
+        | {"sample": {"trial": trial}}
+        for metric in ("rougeL", "similar")
+        for length in (256, 512)
+        for trial in (0, 1)
+    ]
+    write_records(tmp_path / "evaluations" / "demo-needle.jsonl", marks)
+    walk = [record("eval temp-lora", "demo", "perplexity", 40.0, "1", 9, arm=arm, learn={"rank": 4}) for arm in "ab"]
+    write_records(tmp_path / "temp_lora_x.jsonl", walk)
+    text = page.page(tmp_path, tmp_path / "figures")
+    far, needle, learned = text.split("\n## ")[1:]
+    assert "Not measured yet." in far
+    assert needle.startswith("Needle, small model\n\n    longpatch eval needle demo BOOKS")
+    assert "| 512 | 0.25 [0.25, 0.25] |" in needle
+    assert "similar" not in needle
+    assert (tmp_path / "figures" / "demo-needle.png").stat().st_size > 5000
+    assert "| 40 | 40 |" in learned
+    assert "rank" not in learned
+
+
+def test_every_recorded_evaluation_has_its_section():
+    recorded = {path.stem for path in (evaluations.RESULTS / "evaluations").glob("*.jsonl")}
+    assert recorded <= {measurement.name for measurement in MEASUREMENTS}
+    for name in recorded:
+        records = read_records(evaluations.RESULTS / "evaluations" / f"{name}.jsonl")
+        (measurement,) = [m for m in MEASUREMENTS if m.name == name]
+        assert {r["command"] for r in records} == {" ".join(measurement.command.split()[1:3])}

@@ -10,8 +10,11 @@ from longpatch import LongpatchError, convert_model, revert_model
 from longpatch.cli import main
 from longpatch.demo import load
 from longpatch.demo.text import read_text
-from longpatch.evaluation.passkey import passkey_accuracy
+from longpatch.evaluation.arms import Arm
+from longpatch.evaluation.passkey import WORDINGS, PassKey, passkey_samples
 from longpatch.evaluation.perplexity import perplexity, stream_nll, window_nll
+from longpatch.evaluation.prompts import Answerer, chat_template
+from longpatch.evaluation.run import Work
 
 MODEL_FOLDER = Path(__file__).parent.parent / "longpatch" / "demo" / "model"
 
@@ -57,7 +60,11 @@ def test_conversion_repairs_reading_far_past_the_training_length(demo):
 
 def test_finds_passkeys_within_its_window(demo):
     model, tokenizer, ids = demo
-    assert passkey_accuracy(model, tokenizer, ids[1:], model.config.max_position_embeddings - 8, trials=20) >= 0.9
+    answerer = Answerer(model, tokenizer, chat_template(tokenizer), 8)
+    evaluation = PassKey.create(answerer, WORDINGS["plain"], tokenizer.decode(ids[1:4000]))
+    samples = passkey_samples([model.config.max_position_embeddings - 8], [i / 4 for i in range(5)], 4, 5, "grid", 0)
+    found = [evaluation.measure(Arm("original"), sample, Work(lambda n: None))[0].value for sample in samples]
+    assert sum(found) >= 0.9 * len(samples)
 
 
 def run(capsys, *arguments):

@@ -11,7 +11,6 @@ from longpatch import LongpatchError, convert_llama_model
 from longpatch.demo import load
 from longpatch.evaluation.arms import Arm
 from longpatch.evaluation.documents import Document, read_documents
-from longpatch.evaluation.passkey import passkey_prompt
 from longpatch.evaluation.perplexity import bits_per_byte, perplexity, sliding_scores, stream_nll, window_nll
 from longpatch.evaluation.reading import Moments, Reading, document_samples, doubling_edges, measure_positions
 from longpatch.evaluation.run import Sample, Work
@@ -220,16 +219,3 @@ def test_units():
     nll = torch.full((8,), torch.log(torch.tensor(4.0)).item())
     assert perplexity(nll) == pytest.approx(4.0)
     assert bits_per_byte(nll, text_bytes=4) == pytest.approx(4.0)  # 8 tokens of 2 bits over 4 bytes
-
-
-@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
-def test_passkey_prompts(demo, depth):
-    _, tokenizer = demo
-    filler = torch.tensor(tokenizer.encode("All work and no play. " * 60, add_special_tokens=False))
-    prompt = passkey_prompt(tokenizer, filler, 200, depth, "54321")
-    assert prompt.shape == (200,)
-    text = tokenizer.decode(prompt)
-    assert text.count("54321") == 2
-    assert text.endswith("The pass key is")
-    with pytest.raises(ValueError, match="needs a filler"):
-        passkey_prompt(tokenizer, filler, 20, depth, "54321")

@@ -1,5 +1,6 @@
 """Recall against its dense float64 definition, from each layer's own raw queries, keys and values."""
 
+import argparse
 import gc
 import json
 from dataclasses import replace
@@ -9,10 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import DynamicCache
 
-from longpatch import LongpatchError, Recall, convert_llama_model, convert_model, revert_model
+from benchmarks.haystack import NOTHING, Haystack, ask
+from longpatch import LambdaCache, LongpatchError, Recall, convert_llama_model, convert_model, revert_model
+from longpatch.cli.flags import add_model_flags, conversion_settings
+from longpatch.evaluation.arms import converted_arm, parse_arms
+from longpatch.evaluation.cachefile import load_cache, save_cache
+from longpatch.evaluation.perplexity import cache_bytes
 from longpatch.recall import blocks, memory, search, segment
 from tests.families import tiny_model
 from tests.test_definition import record_attention
@@ -356,3 +363,121 @@ def test_settings_are_saved_and_refused(tmp_path):
     mask[1, 20:] = 0
     with pytest.raises(LongpatchError, match="right padding"):
         model(ids, attention_mask=mask)
+
+
+def test_settings_as_text():
+    """What a command line says, and what records and tables call it."""
+    recall = Recall.parse("top_k=20,queries=None,storage=disk,folder=/tmp,bits=8")
+    assert recall == Recall(top_k=20, queries=None, storage="disk", folder="/tmp", bits=8)
+    assert Recall.parse(str(recall)) == recall
+    assert (str(Recall()), Recall.parse("default")) == ("default", Recall())
+    with pytest.raises(LongpatchError, match=r"'k=3' is not a setting; 'bits' is not a setting.*top_k=\.\.\."):
+        Recall.parse("k=3,top_k=2,bits")
+    with pytest.raises(LongpatchError, match="top_k='many'"):
+        Recall.parse("top_k=many")
+
+
+@pytest.mark.parametrize(("window", "distance"), [(12, 6), (130, 64)])
+@torch.no_grad()
+def test_the_default_distance(window, distance, mode):
+    """64 tokens, or half the window if that is less."""
+    ids = random_ids(1, window + 30)
+    default, given, other = (
+        convert_llama_model(tiny_llama(), window, SINKS, recall=replace(mode, distance=d))(ids).logits
+        for d in (None, distance, distance + 1)
+    )
+    assert torch.equal(default, given)
+    assert (default - other).abs().max() > 1e-3
+
+
+def test_recall_from_the_command_line():
+    parser = argparse.ArgumentParser()
+    add_model_flags(parser)
+    arguments = parser.parse_args(["--local-branch", "12", "--global-branch", "3", "--recall", "top_k=4,distance=5"])
+    model = tiny_llama()
+    arm, (baseline,) = converted_arm(model, conversion_settings(arguments)), parse_arms("12/3")
+    assert arm.label == "12/3 recall=top_k=4,distance=5"
+    with arm.applied(model):
+        assert model.longpatch.config.recall == Recall(top_k=4, distance=5)
+    with baseline.applied(model):
+        assert model.longpatch.config.recall is None
+
+
+def test_a_saved_recall_can_be_left_out(tmp_path):
+    converted(Recall(top_k=7)).save_pretrained(tmp_path)
+    model = convert_model(type(tiny_llama()).from_pretrained(tmp_path), recall=False)
+    assert model.longpatch.config.recall is None
+    assert convert_model(model).longpatch.config.recall is None
+
+
+def test_adapters(mode):
+    """A LoRA before or after conversion: the same logits, recall included, and not those without recall."""
+    settings = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, lora_alpha=8, init_lora_weights=False)
+
+    def adapter(model):
+        torch.manual_seed(3)
+        return get_peft_model(model, settings).eval()
+
+    first = adapter(converted(mode))
+    then = convert_model(adapter(tiny_llama()), WINDOW, SINKS, slack=8, recall=mode)
+    without, ids = adapter(converted(None)), random_ids(1, 60)
+    with torch.no_grad():
+        expected = first(ids).logits
+        close(then(ids).logits, expected)
+        close(read_in_chunks(first, ids, (20, 1, 9))[0], expected)
+        assert (without(ids).logits - expected).abs().max() > 1e-3
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(first.generate(input_ids=ids, **options), then.generate(input_ids=ids, **options))
+
+
+@pytest.mark.parametrize("change", [{}, {"bits": 8}, {"storage": "disk"}], ids=["as it is", "8 bits", "disk"])
+@torch.no_grad()
+def test_a_cache_in_a_file_keeps_what_it_remembers(mode, change, tmp_path, monkeypatch):
+    for module in (memory, blocks, search, segment):
+        monkeypatch.setattr(module, "SEGMENT_TOKENS", 16)
+    model, ids = converted(replace(mode, **change)), random_ids(2, 60)
+    _, cache = read_in_chunks(model, ids[:, :50], (20,))
+    save_cache(cache, tmp_path / "cache.safetensors")
+    again = load_cache(model, tmp_path / "cache.safetensors")
+    expected, _ = read_in_chunks(model, ids[:, 50:], (4,), cache=cache)
+    close(read_in_chunks(model, ids[:, 50:], (4,), cache=again)[0], expected)
+    assert model.longpatch.recalled(again)[0].max() >= SINKS
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@torch.no_grad()
+def test_bytes_are_those_of_the_formula(mode, bits):
+    """Sinks and ring, and in every layer whole segments of 4,096 tokens; block mode: two keys in float32 a block."""
+    model = converted(replace(mode, bits=bits, queries=1))
+    cache = LambdaCache(model.config)
+    read_in_chunks(model, random_ids(2, 60), (60,), cache=cache)
+    model(random_ids(2, 1), past_key_values=cache)
+    layers, rows, heads, dim = 2, 2, 2, 16
+    number = 4 if bits is None else 1 + 4 / dim
+    remembered = 2 * rows * heads * dim * number * 4096
+    if mode.block_tokens > 1:
+        remembered += 2 * rows * heads * dim * 4 * 64  # room for 64 blocks
+    ring = 2 * rows * heads * dim * 4 * (2 * SINKS + WINDOW + 8)
+    assert cache_bytes(cache) == layers * (ring + remembered)
+
+
+@torch.no_grad()
+def test_a_line_hidden_in_a_haystack(mode):
+    """What the benchmark reads piece by piece and cuts short is what the prompt read whole gives, for all lengths."""
+    model, ids, line = converted(NOTHING), random_ids(1, 200)[0], random_ids(1, 7, seed=1)[0]
+    question, answer = random_ids(1, 5, seed=2)[0], random_ids(1, 3, seed=3)[0]
+    haystack, settings, gaps = Haystack(model, ids, 30), replace(mode, queries=1), []
+    for _ in range(2):
+        for start, end in ((9, 190), (40, 60), (40, 150), (120, 190)):
+            kept = haystack.hide(line, start, 2 * WINDOW)
+            behind = haystack.keep(end, 200)
+            haystack.cut(end)
+            actual = ask(model, haystack.cache, question, answer, settings)
+            haystack.restore(behind)
+            haystack.restore(kept)
+            prompt = torch.cat((ids[:start], line, ids[start + len(line) : end]))
+            whole = Haystack(model, prompt, 50)
+            close(actual, ask(model, whole.cache, question, answer, settings))
+            unhidden = ask(model, Haystack(model, ids[:end], 50).cache, question, answer, settings)
+            gaps.append((actual - unhidden).abs().max())
+    assert max(gaps) > 1e-3

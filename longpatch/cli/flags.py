@@ -10,6 +10,7 @@ from longpatch_kernels import IMPLEMENTATIONS
 
 from ..chat.sampling import Sampling
 from ..convert import convert_model
+from ..errors import LongpatchError
 from ..evaluation.arms import SYNTAX, Arm, check_arms, converted_arm, parse_arms
 from ..evaluation.run import Run
 from ..models import load_model
@@ -40,6 +41,14 @@ def fractions(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
+def recall_settings(text: str) -> Recall:
+    """Settings of `Recall`, as `Recall.parse` reads them."""
+    try:
+        return Recall.parse(text)
+    except LongpatchError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Which model, how it is loaded and how it is converted."""
     group = parser.add_argument_group("model and conversion")
@@ -48,7 +57,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--limit-distance", type=int, metavar="D", help="distance at which they appear (default: L)")
     group.add_argument(
         "--recall",
-        type=Recall.parse,
+        type=recall_settings,
         metavar="SETTINGS",
         help="what left the window comes back: 'default', or settings of longpatch.Recall: top_k=20,distance=128",
     )

@@ -25,8 +25,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS", help="JSON lines that --out wrote")
     parser.add_argument("--metric", action="append", default=[], help="only metrics whose name holds this")
     parser.add_argument("--no-intervals", action="store_true", help="leave the intervals out of the tables")
+    parser.add_argument("--counts", action="store_true", help="say over how many observations each mean is")
     parser.add_argument("--plot", type=Path, metavar="PNG|SVG", help="draw them too")
-    parser.add_argument("--smooth", type=positive, default=1, metavar="N", help="average curves over N points")
+    parser.add_argument(
+        "--smooth", "--smoothing", type=positive, default=1, metavar="N", help="average curves over N points"
+    )
     parser.add_argument("--out", type=Path, metavar="MD", help="write the tables here instead of printing them")
 
 
@@ -43,7 +46,7 @@ def run(arguments: Namespace) -> None:
     rows = [row for row in rows if not arguments.metric or any(part in row.metric for part in arguments.metric)]
     if not rows:
         raise LongpatchError("report", ["no records of such a metric"])
-    text = tables(rows, not arguments.no_intervals)
+    text = tables(rows, not arguments.no_intervals, arguments.counts)
     if arguments.out:
         arguments.out.write_text(text + "\n", encoding="utf-8")
     else:

@@ -20,6 +20,8 @@ def save_cache(cache: Any, path: Path) -> None:
     tensors, counters = {}, {}
     for number, layer in enumerate(cache.layers):
         tensors |= {f"{number}.keys": layer.keys.contiguous(), f"{number}.values": layer.values.contiguous()}
+        if getattr(layer, "memory", None) is not None:
+            tensors |= {f"{number}.memory.{name}": tensor for name, tensor in layer.memory.state().items()}
     if isinstance(cache, LambdaCache):
         counters = {"length": int(cache.length), "written": int(cache.written)}
     save_file(tensors, path, metadata={"kind": type(cache).__name__, "counters": json.dumps(counters)})
@@ -39,4 +41,9 @@ def load_cache(model: Any, path: Path) -> Any:
             keys, values = (file.get_tensor(f"{number}.{name}").to(model.device) for name in ("keys", "values"))
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
+            if getattr(layer, "memory", None) is not None:
+                prefix = f"{number}.memory."
+                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+                state = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+                layer.memory.restore(state, model.device)
     return cache

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from .arms import Arm
-from .perplexity import cache_bytes
+from .perplexity import MIB, cache_bytes
 from .run import Measurement, Sample, Work
-
-MIB = 2**20
 
 
 def memory_samples(lengths: Sequence[int]) -> list[Sample]:

@@ -10,6 +10,15 @@ from importlib.util import find_spec
 from ..errors import LongpatchError
 
 EVAL_INSTALL = 'pip install "longpatch[eval]"'
+PACKAGES = {"BLEU": "sacrebleu", "ROUGE": "rouge_score", "COMET": "comet"}
+
+
+def need(*metrics: str) -> None:
+    """Raises LongpatchError naming every package missing for `metrics`, some of PACKAGES."""
+    missing = [metric for metric in metrics if find_spec(PACKAGES[metric]) is None]
+    if missing:
+        reasons = [f"{metric} needs the package {PACKAGES[metric]}" for metric in missing]
+        raise LongpatchError("metrics", reasons, "pip install unbabel-comet" if missing == ["COMET"] else EVAL_INSTALL)
 
 
 def first_number(answer: str) -> str:
@@ -54,7 +63,7 @@ def best(metric: Callable[[str, str], float], answer: str, references: Sequence[
 
 def rouge(answer: str, reference: str) -> dict[str, float]:
     """F-measure of rouge1, rouge2 and rougeL, with stemming, by rouge-score."""
-    _need("rouge_score", "ROUGE")
+    need("ROUGE")
     from rouge_score.rouge_scorer import RougeScorer  # pyright: ignore[reportMissingImports]
 
     scores = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(reference, answer)
@@ -63,7 +72,7 @@ def rouge(answer: str, reference: str) -> dict[str, float]:
 
 def bleu(answers: Sequence[str], references: Sequence[str], language: str = "en") -> float:
     """Corpus BLEU, 0 to 100, by sacrebleu; Chinese, Japanese and Korean by their own tokenisers."""
-    _need("sacrebleu", "BLEU")
+    need("BLEU")
     from sacrebleu.metrics.bleu import BLEU  # pyright: ignore[reportMissingImports]
 
     tokenise = {"zh": "zh", "ja": "char", "ko": "char"}.get(language, "13a")
@@ -72,7 +81,7 @@ def bleu(answers: Sequence[str], references: Sequence[str], language: str = "en"
 
 def sentence_bleu(answer: str, reference: str, language: str = "en") -> float:
     """BLEU of one answer, 0 to 100, smoothed as sacrebleu does by default for sentences."""
-    _need("sacrebleu", "BLEU")
+    need("BLEU")
     from sacrebleu.metrics.bleu import BLEU  # pyright: ignore[reportMissingImports]
 
     tokenise = {"zh": "zh", "ja": "char", "ko": "char"}.get(language, "13a")
@@ -81,14 +90,9 @@ def sentence_bleu(answer: str, reference: str, language: str = "en") -> float:
 
 def comet(sources: Sequence[str], answers: Sequence[str], references: Sequence[str], model: str) -> list[float]:
     """COMET scores by the package unbabel-comet, `model` one of its models or a checkpoint file."""
-    _need("comet", "COMET", "pip install unbabel-comet")
+    need("COMET")
     from comet import download_model, load_from_checkpoint  # pyright: ignore[reportMissingImports]
 
     path = model if model.endswith(".ckpt") else download_model(model)
     rows = [{"src": s, "mt": a, "ref": r} for s, a, r in zip(sources, answers, references, strict=True)]
     return [float(score) for score in load_from_checkpoint(path).predict(rows, gpus=0).scores]
-
-
-def _need(package: str, metric: str, install: str = EVAL_INSTALL) -> None:
-    if find_spec(package) is None:
-        raise LongpatchError(metric, [f"needs the package {package}"], install)

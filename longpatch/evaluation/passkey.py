@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,9 +35,9 @@ WORDINGS = {
     ),
     "lm-infinite": Wording(
         "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you "
-        "about the important information there. ",
-        "The pass key is {key}. Remember it. {key} is the pass key. ",
-        "What is the pass key?",
+        "about the important information there.",
+        " The pass key is {key}. Remember it. {key} is the pass key.",
+        " What is the pass key?",
         " The pass key is",
     ),
     "80k": Wording(
@@ -97,20 +98,31 @@ class PassKey:
     def create(cls, answerer: Answerer, wording: Wording, text: str | None) -> "PassKey":
         return cls(answerer, wording, sentences(answerer.tokenizer, text or GRASS))
 
-    def prompt(self, sample: Sample) -> tuple[Tensor, float | None]:
-        """Token ids [length], the answer's start included, and the depth of the key in the filler."""
+    def buried(self, sample: Sample) -> tuple[Tensor, float]:
+        """Token ids of what stands before the question, and the depth of the key in the filler."""
         content, encode = sample.content, self.answerer.encode
-        start = self.wording.answer_start
-        if "text" in content:
-            text = content["text"] + " " + self.wording.question
-            return self.answerer.wrap(encode(text), start), None
         task, question = encode(self.wording.task), encode(self.wording.question)
-        room = sample.settings["length"] - self.answerer.fixed_tokens(start) - len(task) - len(question)
+        fixed = self.answerer.fixed_tokens(self.wording.answer_start)
+        room = sample.settings["length"] - fixed - len(task) - len(question)
         first = int(content["offset"] * len(self.filler))
         units = [*self.filler[first:], *self.filler[:first]]
         needle = encode(self.wording.line.format(key=content["key"]))
         text, depth = bury(units, needle, content["depth"], room)
-        return self.answerer.wrap(torch.cat((task, text, question)), start), depth
+        return torch.cat((task, text)), depth
+
+    def row(self, sample: Sample) -> dict[str, Any]:
+        """The row of which `row_samples` makes the same prompt again."""
+        content = sample.content
+        text = content["text"] if "text" in content else self.answerer.tokenizer.decode(self.buried(sample)[0])
+        return {"input": text, "target": content["key"]} | sample.settings
+
+    def prompt(self, sample: Sample) -> tuple[Tensor, float | None]:
+        """Token ids [length], the answer's start included, and the depth of the key in the filler."""
+        encode, start, question = self.answerer.encode, self.wording.answer_start, self.wording.question
+        if "text" in sample.content:
+            return self.answerer.wrap(encode(sample.content["text"] + question), start), None
+        ids, depth = self.buried(sample)
+        return self.answerer.wrap(torch.cat((ids, encode(question))), start), depth
 
     def measure(self, arm: Arm, sample: Sample, work: Work) -> list[Measurement]:
         ids, depth = self.prompt(sample)
@@ -121,41 +133,3 @@ class PassKey:
             Measurement("exact", exact_number(answer, key), detail=detail),
             Measurement("fuzzy", similarity(first_number(answer), key)),
         ]
-
-
-def passkey_prompt(tokenizer, filler: Tensor, length: int, depth: float, key: str) -> Tensor:
-    """Token ids [length]: BOS, `filler` ids with the passkey line at `depth` (0 = start, 1 = end), and the question."""
-
-    def encode(text):
-        return torch.tensor(tokenizer.encode(text, add_special_tokens=False))
-
-    bos = torch.tensor([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], dtype=torch.long)
-    line, question = encode(passkey_line(key)), encode(ANSWER_PREFIX)
-    room = length - len(bos) - len(line) - len(question)
-    if room < 0 or room > len(filler):
-        raise ValueError(f"length {length} needs a filler of {room} tokens, got {len(filler)}")
-    place = round(depth * room)
-    return torch.cat((bos, filler[:place], line, filler[place:room], question))
-
-
-def passkey_accuracy(model, tokenizer, filler: Tensor, length: int, trials: int, seed: int = 0) -> float:
-    """Share of `trials` prompts of `length` tokens whose key the model continues with, greedily; depths spread evenly.
-
-    `filler` [n] are token ids of plain text; each trial takes another stretch of them.
-    """
-    rng = random.Random(seed)
-    found = 0
-    for trial in range(trials):
-        key = f"{rng.randrange(10_000, 100_000)}"
-        start = rng.randrange(max(1, len(filler) - length))
-        prompt = passkey_prompt(tokenizer, filler[start : start + length], length, trial / max(1, trials - 1), key)
-        answer = tokenizer.encode(f" {key}", add_special_tokens=False)
-        output = model.generate(
-            prompt[None].to(model.device),
-            attention_mask=torch.ones_like(prompt)[None].to(model.device),
-            max_new_tokens=len(answer),
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-        found += key in tokenizer.decode(output[0, length:])
-    return found / trials

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers.cache_utils import Cache
 
+MIB = 2**20
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -100,9 +102,10 @@ def sliding_scores(
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of all keys and values that a cache holds."""
-    held = [] if cache is None else [(layer.keys, layer.values) for layer in cache.layers if layer.is_initialized]
-    return sum(tensor.nbytes for pair in held for tensor in pair)
+    """Bytes of all keys and values that a cache holds, what recall remembers included."""
+    layers = [] if cache is None else [layer for layer in cache.layers if layer.is_initialized]
+    memories = [memory for layer in layers if (memory := getattr(layer, "memory", None)) is not None]
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) + sum(m.nbytes for m in memories)
 
 
 def perplexity(nll: Tensor) -> float:

@@ -125,7 +125,7 @@ def bury(units: Sequence[Tensor], needle: Tensor, depth: float, room: int) -> tu
 
 
 def sentences(tokenizer, text: str) -> list[Tensor]:
-    """`text` as token ids, cut after full stops."""
-    parts = [part + ". " for part in text.split(". ") if part]
+    """`text` as token ids, cut after full stops; each begins with a blank, as words in the middle of a text do."""
+    parts = [f" {part.removesuffix('.')}." for part in text.strip().split(". ") if part]
     ids = tokenizer(parts, add_special_tokens=False).input_ids
     return [torch.tensor(part, dtype=torch.long) for part in ids if part]

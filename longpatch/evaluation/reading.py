@@ -13,10 +13,10 @@ from torch import Tensor
 from .arms import Arm
 from .cachefile import load_cache, save_cache
 from .documents import Document
-from .perplexity import sliding_scores, stream_nll, window_nll
+from .perplexity import MIB, cache_bytes, sliding_scores, stream_nll, window_nll
 from .run import Measurement, Sample, Work
 
-ARMS = ("original", "lambda", "fresh")
+ARMS = ("original", "lambda", "fresh", "truncate")
 
 
 @dataclass
@@ -37,6 +37,13 @@ class Moments:
         self.n = total
 
 
+@dataclass
+class Span(Moments):
+    """Moments of the NLL of a span of positions, and the bytes of the cache where the span ended."""
+
+    held: int = 0
+
+
 @dataclass(frozen=True)
 class Reading:
     """How a document is read.
@@ -52,15 +59,23 @@ class Reading:
     save_every: int = 1_000_000
 
 
-def document_samples(documents: list[Document], tokenizer, length: int | None, repeat: int = 1) -> list[Sample]:
-    """One sample a document: BOS and the first `length` tokens of the text, BOS included, read `repeat` times over."""
+def document_samples(
+    documents: list[Document], tokenizer, length: int | None, repeat: int = 1, join: bool = False
+) -> list[Sample]:
+    """One sample a document: BOS and the first `length` tokens of the text, BOS included, read `repeat` times over.
+
+    With `join` one sample of all: the first document so, and the others' tokens after it, without their BOS.
+    """
+    texts = [(document.name, document.ids(tokenizer, length), document.text is not None) for document in documents]
+    if join:
+        (name, first, _), *others = texts
+        whole = torch.cat([first, *(ids[int(ids[0] == tokenizer.bos_token_id) :] for _, ids, _ in others)])
+        texts = [(f"{name} and {len(others)} more", whole, all(known for _, _, known in texts))]
     samples = []
-    for document in documents:
-        ids = document.ids(tokenizer, length)
+    for name, ids, known in texts:
         ids = torch.cat((ids, ids[1:].repeat(repeat - 1))) if repeat > 1 else ids
-        scored = None if document.text is None else len(tokenizer.decode(ids[1:]).encode())
-        content = {"ids": ids, "bytes": scored}
-        samples.append(Sample({}, {"document": document.name}, content, max(1, len(ids) - 1)))
+        content = {"ids": ids, "bytes": len(tokenizer.decode(ids[1:]).encode()) if known else None}
+        samples.append(Sample({}, {"document": name}, content, max(1, len(ids) - 1)))
     return samples
 
 
@@ -75,13 +90,17 @@ def doubling_edges(first: int, length: int) -> tuple[int, ...]:
 def measure_positions(model, tokenizer, reading: Reading, arm: Arm, sample: Sample, work: Work) -> list[Measurement]:
     """NLL of each span of positions ("nll") and of the whole document ("nll_document", "bits_per_byte").
 
+    Where one cache is kept, "cache" is what it holds at the end of each span.
+
     Spans carry the variance over their tokens; with spans of one token, mean, variance and count per position come
-    from pooling documents. A document through one kept cache can be interrupted and taken up again.
+    from pooling documents. A document through one kept cache, without recall, can be interrupted and taken up again.
     """
     ids = sample.content["ids"]
     edges = [edge for edge in reading.edges if edge < len(ids) - 1] + [len(ids) - 1]
-    spans = {span: Moments() for span in itertools.pairwise(edges)}
-    state = None if work.state is None or arm.window else State(work.state, arm, sample)
+    spans = {span: Span() for span in itertools.pairwise(edges)}
+    recalls = hasattr(model, "longpatch") and model.longpatch.config.recall is not None
+    stateless = work.state is None or arm.window or arm.keep or recalls
+    state = None if stateless else State(work.state, arm, sample)
     done = 0 if state is None else state.restore(model, spans)
     work.tick(done)
     begun = None if state is None else state.cache
@@ -90,6 +109,7 @@ def measure_positions(model, tokenizer, reading: Reading, arm: Arm, sample: Samp
             part = nll[max(0, first - start) : max(0, last - start)]
             if len(part):
                 moments.add(part)
+                moments.held = cache_bytes(cache)
         work.tick(len(nll))
         read = start + len(nll)
         if state is not None and read // reading.save_every > start // reading.save_every and read < len(ids) - 1:
@@ -101,21 +121,31 @@ def measure_positions(model, tokenizer, reading: Reading, arm: Arm, sample: Samp
 
 def _parts(model, tokenizer, reading: Reading, arm: Arm, ids: Tensor, done: int, cache: Any):
     """(first position, NLL [tokens], cache) of each part; position p is that of the token after ids[p]."""
+    place = 0
     if arm.window:
-        place = 0
         for nll in window_nll(model, ids[1:], arm.window, tokenizer.bos_token_id, batch=max(1, 4096 // arm.window)):
             yield place, nll, None
             place += len(nll)
+        return
+    if arm.keep:
+        for scores in sliding_scores(model, ids, arm.keep, arm.keep // 2):
+            yield place, scores.nll, None
+            place += len(scores.nll)
         return
     for chunk in stream_nll(model, ids[done:], reading.chunk, cache):
         yield done + chunk.start, chunk.nll, chunk.cache
 
 
-def _measurements(spans: dict[tuple[int, int], Moments], text_bytes: int | None) -> list[Measurement]:
+def _measurements(spans: dict[tuple[int, int], Span], text_bytes: int | None) -> list[Measurement]:
     measured = [
         Measurement("nll", m.mean, "nat", m.n, {"start": first, "stop": last}, {"variance": m.squares / m.n})
         for (first, last), m in spans.items()
         if m.n
+    ]
+    measured += [
+        Measurement("cache", m.held / MIB, "MiB", 1, {"start": first, "stop": last})
+        for (first, last), m in spans.items()
+        if m.held and last - first > 1
     ]
     n = sum(moments.n for moments in spans.values())
     nats = sum(moments.mean * moments.n for moments in spans.values())
@@ -135,7 +165,7 @@ class State:
     sample: Sample
     cache: Any = field(default=None, init=False)
 
-    def restore(self, model, spans: dict[tuple[int, int], Moments]) -> int:
+    def restore(self, model, spans: dict[tuple[int, int], Span]) -> int:
         """Fill `spans` and `cache` from the folder; returns the number of tokens scored."""
         path = self.folder / "state.json"
         if not path.is_file():
@@ -144,15 +174,15 @@ class State:
         if saved["arm"] != self.arm.label or saved["sample"] != self.sample.identity:
             return 0
         for span, numbers in zip(spans, saved["spans"], strict=True):
-            spans[span] = Moments(*numbers)
+            spans[span] = Span(*numbers)
         self.cache = load_cache(model, self.folder / saved["cache"])
         return saved["read"]
 
-    def save(self, cache, read: int, spans: dict[tuple[int, int], Moments]) -> None:
+    def save(self, cache, read: int, spans: dict[tuple[int, int], Span]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"cache-{read}.safetensors"
         save_cache(cache, self.folder / name)
-        numbers = [[moments.n, moments.mean, moments.squares] for moments in spans.values()]
+        numbers = [[m.n, m.mean, m.squares, m.held] for m in spans.values()]
         state = {"arm": self.arm.label, "sample": self.sample.identity, "read": read, "cache": name, "spans": numbers}
         new = self.folder / "state.json.new"
         new.write_text(json.dumps(state), encoding="utf-8")

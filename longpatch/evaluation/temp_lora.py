@@ -31,6 +31,8 @@ class Walk:
             one walk; an empty tuple means `context_tokens`.
         cache_reuse_chunks: chunks to keep a scoring cache for; None = never build it anew.
         learn: settings of the adapter.
+        fresh_base: the base, too, builds its cache anew for each chunk, from `context_tokens` tokens: for a model
+            that does not stream. Otherwise it is never built anew.
     """
 
     chunk_tokens: int = 1024
@@ -38,6 +40,7 @@ class Walk:
     inference_context_tokens: tuple[int, ...] = ()
     cache_reuse_chunks: int | None = 1
     learn: LearnOptions = field(default_factory=LearnOptions)
+    fresh_base: bool = False
 
     @property
     def contexts(self) -> tuple[int, ...]:
@@ -71,13 +74,13 @@ def walk_document(
     """Read `ids` [n] chunk by chunk, yielding the scores so far after each.
 
     Every token is scored before any update that saw it. The base reads the same text through the same attention with
-    a cache that is never reset. With `checkpoint`, a folder, the state is saved there every `save_seconds` and a walk
-    that was cut off goes on from it.
+    a cache that is never reset, unless `walk.fresh_base`. With `checkpoint`, a folder, the state is saved there every
+    `save_seconds` and a walk that was cut off goes on from it.
     """
     arms = [BASE, *(str(context) for context in walk.contexts)]
     document = Document({arm: [] for arm in arms}, dict.fromkeys((BASE, "score", "learn"), 0.0))
     readers = {str(context): Reader(model, context, walk.cache_reuse_chunks) for context in walk.contexts}
-    readers[BASE] = Reader(model, 0, None)
+    readers[BASE] = Reader(model, walk.context_tokens, 1) if walk.fresh_base else Reader(model, 0, None)
     with temp_lora(model, walk.learn) as learner:
         learner.start(rows=1)
         # what the state must belong to

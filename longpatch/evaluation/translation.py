@@ -1,6 +1,7 @@
 """Documents translated segment by segment, each seeing the pairs before it (Temp-LoRA's GuoFeng task, 2401.11504)."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..errors import LongpatchError
+from ..temp_lora import LearnOptions, Segment, temp_lora
 from .arms import Arm
 from .metrics import comet, sentence_bleu
 from .prompts import Answerer
@@ -16,14 +18,6 @@ from .run import Measurement, Sample, Work
 
 TASK = "Translate the last line.\n\n"
 PAIR = "{source_name}: {source}\n{target_name}:"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of a document and its reference translation."""
-
-    source: str
-    target: str
 
 
 @dataclass(frozen=True)
@@ -35,18 +29,19 @@ class Translated:
     tokens: int
 
 
-Translator = Callable[[Arm, Sequence[Segment]], Iterable[Translated]]
-"""Translates one document, segment by segment in order; a TempLoraGenerator's segment mode fits behind it."""
+def segment_samples(documents: Iterable[dict], context: str = "k3") -> list[Sample]:
+    """One sample a document: {"segments": [{"source", "target"}]}, or GuoFeng's {"contexts", "inference"}.
 
-
-def segment_samples(documents: Iterable[dict]) -> list[Sample]:
-    """One sample a document: {"segments": [{"source", "target"}]} or GuoFeng's {"inference": [{"zh", "en"}]}."""
+    Of GuoFeng's contexts, pairs {"zh", "en"} that come before the first segment, `context` is the one that is shown.
+    """
     samples = []
     for number, document in enumerate(documents):
-        if "segments" in document:
+        if document.get("segments"):
             segments = [Segment(row["source"], row["target"]) for row in document["segments"]]
-        elif "inference" in document:
-            segments = [Segment(row["zh"], row["en"]) for row in document["inference"]]
+        elif document.get("inference"):
+            before = tuple((pair["zh"], pair["en"]) for pair in document.get("contexts", {}).get(context, ()))
+            pairs = [(pair["zh"], pair["en"]) for pair in document["inference"]]
+            segments = [Segment(zh, en, () if number else before) for number, (zh, en) in enumerate(pairs)]
         else:
             raise LongpatchError("eval translation", [f"row {number} has no segments"], '"segments" or "inference"')
         size = sum(len(segment.source) for segment in segments)
@@ -55,30 +50,37 @@ def segment_samples(documents: Iterable[dict]) -> list[Sample]:
 
 
 @dataclass
-class PlainTranslator:
-    """Each segment by one `generate`, its prompt holding the last `pairs` pairs.
+class Translator:
+    """Each segment of a document by one `generate`, its prompt holding the last `pairs` pairs.
 
     Attributes:
         names: what the two languages are called in the prompt.
-        own: the pairs' translations are the model's own, not the references.
+        own: the pairs' translations are the model's own, not the references (which the paper's code shows and learns).
+        learn: each pair is learned by a temporary adapter once it is scored, which lives as long as the document.
     """
 
     answerer: Answerer
     pairs: int = 3
     names: tuple[str, str] = ("Chinese", "English")
     own: bool = False
+    learn: LearnOptions | None = None
 
     def __call__(self, arm: Arm, segments: Sequence[Segment]) -> Iterator[Translated]:
-        done: list[tuple[str, str]] = []
-        for segment in segments:
-            recent = done[max(0, len(done) - self.pairs) :] if self.pairs else []
-            shown = [self._pair(source) + f" {target}\n\n" for source, target in recent]
-            prompt = self.answerer.encode("".join([TASK, *shown, self._pair(segment.source)]))
-            ids = self.answerer.wrap(prompt)
-            output = self.answerer.answer(arm, ids).strip()
-            reference = self.answerer.encode(f" {segment.target}")
-            yield Translated(output, reference_nll(self.answerer.model, ids, reference), len(reference))
-            done.append((segment.source, output if self.own else segment.target))
+        done = list(segments[0].before)
+        with nullcontext() if self.learn is None else temp_lora(self.answerer.model, self.learn) as learner:
+            for segment in segments:
+                recent = done[max(0, len(done) - self.pairs) :]
+                shown = [self._pair(source) + f" {target}\n\n" for source, target in recent]
+                prompt = self.answerer.encode("".join([TASK, *shown, self._pair(segment.source)]))
+                ids = self.answerer.wrap(prompt)
+                output = self.answerer.answer(arm, ids).strip()
+                reference = self.answerer.encode(f" {segment.reference}")
+                nll = reference_nll(self.answerer.model, ids, reference)
+                shown_later = output if self.own else str(segment.reference)
+                if learner is not None and shown_later:
+                    learner.learn(ids[None], self.answerer.encode(f" {shown_later}\n")[None])
+                done.append((segment.source, shown_later))
+                yield Translated(output, nll, len(reference))
 
     def _pair(self, source: str) -> str:
         return PAIR.format(source_name=self.names[0], target_name=self.names[1], source=source)
@@ -106,16 +108,18 @@ class Translation:
     def measure(self, arm: Arm, sample: Sample, work: Work) -> Iterator[Measurement]:
         segments: list[Segment] = sample.content
         for name, translate in self.translators.items():
+            if translate.learn is not None and arm.answer is not None:
+                continue
             done = list(translate(arm, segments))
             for number, (segment, translated) in enumerate(zip(segments, done, strict=True)):
                 part: dict[str, Any] = {"segment": number}
-                detail = {"source": segment.source, "answer": translated.output, "reference": segment.target}
+                detail = {"source": segment.source, "answer": translated.output, "reference": segment.reference}
                 setting = {"translator": name}
-                score = sentence_bleu(translated.output, segment.target, self.language)
+                score = sentence_bleu(translated.output, str(segment.reference), self.language)
                 yield Measurement("bleu_sentence", score, "%", 1, setting, detail, part)
                 yield Measurement("nll", translated.nll, "nat", translated.tokens, setting, part=part)
             if self.comet_model is not None:
-                sources, targets = [s.source for s in segments], [s.target for s in segments]
+                sources, targets = [s.source for s in segments], [str(s.reference) for s in segments]
                 marks = comet(sources, [t.output for t in done], targets, self.comet_model)
                 for number, mark in enumerate(marks):
                     yield Measurement("comet", mark, settings={"translator": name}, part={"segment": number})

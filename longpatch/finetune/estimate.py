@@ -120,6 +120,9 @@ def _probe(shape: Any, config: TrainConfig, compute: int) -> tuple[int, float, f
         peft_model = get_peft_model(model, lora_config(model, config.lora)).to("meta")
         AttentionInterface.register(NAME, _attend)
         model.set_attn_implementation(NAME)
+        for module in model.modules():
+            if "layer_idx" in vars(module):
+                module.keeps_repeated = config.model.attention == "shifted"
         chunk_loss(peft_model, config.model.loss_chunk)
         kept = [_kept(peft_model.train(), length) for length in PROBES]
         slope = (kept[1] - kept[0]) / (PROBES[1] - PROBES[0]) * compute / 4
@@ -154,7 +157,7 @@ def _kept(model: nn.Module, length: int) -> int:
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what flash attention keeps: queries, keys, values, output."""
+    """Keeps what flash attention keeps: queries, keys, values, output; of shifted attention, cut into groups."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -164,4 +167,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
+    if module.keeps_repeated:
+        repeats = query.shape[1] // key.shape[1]
+        query, key, value = query.clone(), key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..rope import ExactRotary, Phase
-from .settings import Recall
+from .settings import DEFAULT_DISTANCE, Recall
 
 
 @dataclass(frozen=True)
@@ -63,4 +63,4 @@ class Lookup:
 
 
 def default_distance(window: int) -> int:
-    return window // 2
+    return min(DEFAULT_DISTANCE, window // 2)

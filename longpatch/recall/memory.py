@@ -143,6 +143,32 @@ class Memory:
     def _latest(self) -> Segment:
         return next(segment for segment in reversed(self.segments) if segment is not None)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes taken, representatives of blocks included."""
+        held = [tensor for segment in self.segments if segment is not None for tensor in segment.tensors.values()]
+        if self.index is not None and self.index.keys is not None:
+            held.append(self.index.keys)
+        return sum(tensor.nbytes for tensor in held)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is remembered, as named tensors, for `restore`."""
+        held = {"lengths": torch.tensor(self.lengths, dtype=torch.long)}
+        for number, segment in enumerate(self.segments):
+            if segment is not None:
+                held |= {f"{number}.{name}": tensor for name, tensor in segment.tensors.items()}
+        return held
+
+    def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
+        """Remember what `state` of a memory of the same settings held; `device` is the model's."""
+        self.reset()
+        self.lengths = state["lengths"].tolist()
+        for number in sorted({int(name.partition(".")[0]) for name in state if name != "lengths"}):
+            tensors = {name: state[f"{number}.{name}"] for name in ("keys", "values")}
+            segment = self._segment(number, tensors["keys"].to(device), tensors["values"].to(device))
+            for name, held in segment.tensors.items():
+                held.copy_(state[f"{number}.{name}"])
+
     def select(self, rows: Tensor) -> None:
         """Keep, repeat or reorder rows: copies everything, which beams do at each step."""
         if not self.lengths:

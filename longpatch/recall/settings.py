@@ -6,6 +6,7 @@ from ..errors import LongpatchError
 
 STORAGES = ("device", "cpu", "disk")
 SEGMENT_TOKENS = 4096
+DEFAULT_DISTANCE = 64
 INTEGERS = (("top_k", 1), ("from_layer", 0), ("to_layer", 1), ("distance", 0), ("queries", 1), ("block_tokens", 1))
 
 
@@ -20,7 +21,7 @@ class Recall:
     Attributes:
         top_k: tokens (token mode) or blocks (block mode) that each query recalls.
         from_layer, to_layer: first layer that recalls, and the one after the last; None means all further layers.
-        distance: distance in tokens at which recalled tokens appear; None means half the window.
+        distance: distance in tokens at which recalled tokens appear; None means 64, or half the window if that is less.
         queries: the last so many queries of each forward recall, one in LM-Infinite; None means every query.
         block_tokens: tokens of a block; a divisor of 4,096, and at most the window. Blocks count from the sinks.
         storage: where keys and values are kept: "device" (the model's), "cpu" (pinned where there is a GPU), "disk".

@@ -6,7 +6,8 @@ from typing import Any
 import numpy
 
 from ..errors import LongpatchError
-from .summary import Row
+from .summary import Cell, Row
+from .table import varying
 
 X_AXES = ("stop", "length", "position", "distance", "sinks")
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -66,11 +67,16 @@ def _axis(rows: list[Row]) -> str | None:
 
 
 def _curves(axes: Any, rows: list[Row], name: str, smooth: int) -> None:
-    columns = dict.fromkeys(column for row in rows for column in row.cells)
-    for column in columns:
-        points = sorted((row.settings[name], row.cells[column]) for row in rows if column in row.cells)
+    others = [other for other in varying(rows) if other not in (name, "start")]
+    lines: dict[str, list[tuple[float, Cell]]] = {}
+    for row in rows:
+        for column, cell in row.cells.items():
+            label = " ".join([column, *(str(row.settings.get(other, "")) for other in others)])
+            lines.setdefault(label, []).append((row.settings[name], cell))
+    for label, line_points in lines.items():
+        points = sorted(line_points, key=lambda point: point[0])
         x = [x for x, _ in points]
-        (line,) = axes.plot(x, _smoothed([cell.value for _, cell in points], smooth), marker=".", label=column)
+        (line,) = axes.plot(x, _smoothed([cell.value for _, cell in points], smooth), marker=".", label=label)
         if all(cell.low is not None for _, cell in points):
             low, high = ([getattr(cell, side) for _, cell in points] for side in ("low", "high"))
             axes.fill_between(x, _smoothed(low, smooth), _smoothed(high, smooth), alpha=0.15, color=line.get_color())

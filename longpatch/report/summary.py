@@ -9,6 +9,7 @@ import numpy
 
 RESAMPLES = 1000
 LOG_METRICS = {"nll": "perplexity", "nll_document": "perplexity of all tokens"}
+VARIANCE = "nll_variance"
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Row:
 def summarise(records: Iterable[dict[str, Any]], names: dict[int, str] | None = None) -> list[Row]:
     """Pool records into rows: means weighted by `n`, intervals by bootstrap over samples, paired differences.
 
-    Mean NLL becomes perplexity. `names` label the records of several files by id(record), where models and arms do not
-    tell them apart.
+    Mean NLL becomes perplexity; where records carry the variance of NLL over their tokens, so does a row of its own.
+    `names` label the records of several files by id(record), where models and arms do not tell them apart.
     """
     records = list(records)
     column_of = _columns(records, names or {})
@@ -48,6 +49,9 @@ def summarise(records: Iterable[dict[str, Any]], names: dict[int, str] | None = 
         settings = {name: value for name, value in record["settings"].items() if name != "arm"}
         key = json.dumps([record["command"], record["metric"], record["unit"], settings])
         groups.setdefault(key, {}).setdefault(column, []).append(record)
+        if record["metric"] == "nll" and "variance" in record.get("detail", {}):
+            key = json.dumps([record["command"], VARIANCE, "nat^2", settings])
+            groups.setdefault(key, {}).setdefault(column, []).append(record)
         if record["metric"] == "nll_document" and several_documents:
             key = json.dumps([record["command"], "nll_mean_over_documents", record["unit"], settings])
             groups.setdefault(key, {}).setdefault(column, []).append({**record, "n": 1})
@@ -78,6 +82,8 @@ def _columns(records: list[dict[str, Any]], names: dict[int, str]) -> list[str]:
 
 
 def _row(command: str, metric: str, unit: str, settings: dict[str, Any], columns: dict[str, list[dict]]) -> Row:
+    if metric == VARIANCE:
+        return Row(command, metric, unit, settings, {column: _variance(rs) for column, rs in columns.items()}, {})
     is_log = metric.startswith("nll")
     name = LOG_METRICS.get(metric, "perplexity, geometric mean of documents" if is_log else metric)
     cells = {column: _cell([r["value"] for r in rs], [r["n"] for r in rs], is_log) for column, rs in columns.items()}
@@ -90,6 +96,13 @@ def _row(command: str, metric: str, unit: str, settings: dict[str, Any], columns
             differences = [record["value"] - base["value"] for record, base in pairs]
             against[column] = _cell(differences, [record["n"] for record, _ in pairs], is_log)
     return Row(command, name, "1" if is_log else unit, settings, cells, against)
+
+
+def _variance(records: list[dict[str, Any]]) -> Cell:
+    """The variance over all tokens, from the mean, variance and number of each record's."""
+    n, mean, variance = numpy.array([[r["n"], r["value"], r["detail"]["variance"]] for r in records]).T
+    whole = (n * mean).sum() / n.sum()
+    return Cell(float((n * (variance + (mean - whole) ** 2)).sum() / n.sum()), None, None, len(records), int(n.sum()))
 
 
 def _identity(record: dict[str, Any]) -> str:

@@ -81,6 +81,8 @@ def cache_state(cache: Any) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     for index, layer in enumerate(cache.layers):
         if layer.is_initialized:
             tensors |= {f"{index}.keys": layer.keys, f"{index}.values": layer.values}
+            if getattr(layer, "memory", None) is not None:
+                tensors |= with_prefix(f"{index}.memory", layer.memory.state())
         counters.append({name: value for name, value in vars(layer).items() if type(value) is int})
     data: dict[str, Any] = {"counters": counters}
     if isinstance(cache, LambdaCache):
@@ -97,6 +99,8 @@ def restore_cache(cache: Any, tensors: dict[str, Tensor], data: dict[str, Any], 
             keys, values = (tensors[f"{index}.{name}"].to(device) for name in ("keys", "values"))
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
+            if getattr(layer, "memory", None) is not None:
+                layer.memory.restore(without_prefix(f"{index}.memory", tensors), device)
         for name, value in data["counters"][index].items():
             setattr(layer, name, value)
     if isinstance(cache, LambdaCache):

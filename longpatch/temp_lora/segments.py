@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..errors import LongpatchError
 from .learner import Learner, check_model, make_options, temp_lora
@@ -133,20 +134,37 @@ def generate_segments(
                 done = list(segment.before)
             recent = done[max(0, len(done) - pairs) :]
             prompt = _encode(tokenizer, template(recent, segment.source), model.device, start=True)
-            output = _answer(model, tokenizer, prompt, stops, max_new_tokens, generate)
+            output = _answer(model, tokenizer, prompt, stops, max_new_tokens, dict(generate))
             taught = segment.reference if train_on == "reference" else output
             losses = _teach(learner, tokenizer, prompt, taught or "", stops)
             done.append((segment.source, taught or ""))
             yield Answer(output, losses)
 
 
+class _Said(StoppingCriteria):
+    """A stop string was written after something else than space: one at the start ends nothing yet."""
+
+    def __init__(self, tokenizer: Any, prompt_tokens: int, stops: Sequence[str]):
+        self.tokenizer, self.prompt_tokens, self.stops = tokenizer, prompt_tokens, stops
+
+    def answer(self, ids: Tensor) -> str:
+        """The text after the prompt; leading space is no part of it."""
+        return self.tokenizer.decode(ids[0, self.prompt_tokens :], skip_special_tokens=True).lstrip()
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        text = self.answer(input_ids)
+        return torch.tensor([any(stop in text for stop in self.stops)], device=input_ids.device)
+
+
 def _answer(model: Any, tokenizer: Any, prompt: Tensor, stops: list[str], most: int, generate: dict[str, Any]) -> str:
-    stopping = {"stop_strings": stops, "tokenizer": tokenizer} if stops else {}
-    ids = model.generate(
-        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=most, **stopping, **generate
+    said = _Said(tokenizer, prompt.shape[1], stops)
+    criteria = StoppingCriteriaList([*generate.pop("stopping_criteria", ()), said])
+    mask = torch.ones_like(prompt)
+    text = said.answer(
+        model.generate(
+            input_ids=prompt, attention_mask=mask, max_new_tokens=most, stopping_criteria=criteria, **generate
+        )
     )
-    # A stop string may stand at the start, before anything was said: leading space is no answer.
-    text = tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True).lstrip()
     for stop in stops:
         text = text.split(stop, 1)[0]
     return text.strip()

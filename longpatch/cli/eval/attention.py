@@ -44,4 +44,4 @@ def run(arguments: Namespace) -> None:
     positions = arguments.positions or [0, 1, 2, 4, *doubled]
     evaluation = Attention(model, positions, arguments.by_layer, arguments.pca_layer)
     run = open_run(arguments, "eval attention", tokens=arguments.length)
-    show(run, run.records(model, arms, samples, evaluation.measure), arguments.plot)
+    show(run, run.records(model, arms, samples, evaluation.measure), arguments)

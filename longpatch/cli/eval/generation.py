@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ...evaluation.documents import read_documents
 from ...evaluation.generation import Generation, corpus_bleu, generation_samples
+from ...evaluation.metrics import need
 from ...evaluation.prompts import ARMS, Answerer, Template
 from ..flags import MODEL_HELP, add_model_flags, add_run_flags, numbers, open_arms, open_model, open_run, positive
 from ..show import add_plot_flag, show
@@ -28,6 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
+    need("BLEU", "ROUGE")
     documents = read_documents(arguments.texts, arguments.field, arguments.start)
     model, tokenizer = open_model(arguments)
     arms = open_arms(arguments, model, ARMS, "eval generation")
@@ -35,4 +37,4 @@ def run(arguments: Namespace) -> None:
     evaluation = Generation(Answerer(model, tokenizer, Template(), arguments.new_tokens))
     run = open_run(arguments, "eval generation", new_tokens=arguments.new_tokens)
     records = run.records(model, arms, samples, evaluation.measure)
-    show(run, records + corpus_bleu(records, run.group_record), arguments.plot)
+    show(run, records + corpus_bleu(records, run.group_record), arguments)

@@ -37,4 +37,4 @@ def run(arguments: Namespace) -> None:
     evaluation = Memory(model, ids, arguments.chunk, arguments.new_tokens)
     run = open_run(arguments, "eval memory", chunk=arguments.chunk)
     samples = memory_samples(arguments.lengths)[: arguments.limit]
-    show(run, run.records(model, arms, samples, evaluation.measure), arguments.plot)
+    show(run, run.records(model, arms, samples, evaluation.measure), arguments)

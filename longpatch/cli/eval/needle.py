@@ -11,6 +11,7 @@ from ...errors import LongpatchError
 from ...evaluation import needle
 from ...evaluation.documents import read_documents
 from ...evaluation.judge import Judge
+from ...evaluation.metrics import need
 from ...evaluation.needle import Needle, needle_samples
 from ...evaluation.prompts import ARMS, Answerer, Template, chat_template
 from ...evaluation.rescore import rescore
@@ -61,6 +62,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
+    need(*(["ROUGE"] if "rouge" in arguments.metrics else []))
     judge = None
     if arguments.judge:
         judge = Judge(Endpoint(arguments.judge, arguments.judge_model, arguments.judge_key))
@@ -68,7 +70,7 @@ def run(arguments: Namespace) -> None:
     if arguments.rescore:
         evaluation = Needle(Answerer(None, None, Template(), 0), [], **said)
         run = open_run(arguments, "eval needle")
-        show(run, rescore(read_records(arguments.rescore), evaluation.score), arguments.plot)
+        show(run, rescore(read_records(arguments.rescore), evaluation.score), arguments)
         return
     if not arguments.haystack:
         raise LongpatchError("eval needle", ["no text to hide the needle in"], "files or folders after MODEL")
@@ -81,4 +83,4 @@ def run(arguments: Namespace) -> None:
     lengths = arguments.lengths or [model.config.max_position_embeddings]
     samples = needle_samples(lengths, arguments.depths, arguments.trials, arguments.seed)[: arguments.limit]
     run = open_run(arguments, "eval needle", chat_template=arguments.chat_template)
-    show(run, run.records(model, arms, samples, evaluation.measure), arguments.plot)
+    show(run, run.records(model, arms, samples, evaluation.measure), arguments)

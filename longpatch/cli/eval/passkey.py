@@ -57,8 +57,6 @@ def run(arguments: Namespace) -> None:
     arms = open_arms(arguments, model, ARMS, "eval passkey")
     text = read_documents([arguments.text])[0].text if arguments.text else None
     template = chat_template(tokenizer, arguments.chat_template)
-    answerer = Answerer(model, tokenizer, template, 3 * arguments.digits + 8)
-    evaluation = PassKey.create(answerer, WORDINGS[arguments.wording], text)
     if arguments.rows:
         samples = row_samples(read_rows(arguments.rows))
     else:
@@ -66,11 +64,13 @@ def run(arguments: Namespace) -> None:
         placed = (arguments.depths, arguments.trials, arguments.digits, arguments.placement, arguments.seed)
         samples = passkey_samples(lengths, *placed)
     samples = samples[: arguments.limit]
+    digits = max(len(sample.content["key"]) for sample in samples)
+    answerer = Answerer(model, tokenizer, template, 3 * digits + 8)
+    evaluation = PassKey.create(answerer, WORDINGS[arguments.wording], text)
     if arguments.write_rows:
-        asked = ({"input": tokenizer.decode(evaluation.prompt(s)[0]), "target": s.content["key"]} for s in samples)
-        rows = [json.dumps(row | sample.settings) for row, sample in zip(asked, samples, strict=True)]
+        rows = [json.dumps(evaluation.row(sample)) for sample in samples]
         arguments.write_rows.write_text("\n".join(rows) + "\n", encoding="utf-8")
         return
-    settings = {"wording": arguments.wording, "placement": arguments.placement, "digits": arguments.digits}
+    settings = {"wording": arguments.wording, "placement": arguments.placement, "digits": digits}
     run = open_run(arguments, "eval passkey", **settings, chat_template=arguments.chat_template)
-    show(run, run.records(model, arms, samples, evaluation.measure), arguments.plot)
+    show(run, run.records(model, arms, samples, evaluation.measure), arguments)

@@ -1,8 +1,10 @@
 """How well a model reads: perplexity by position, in sliding windows, or streamed to any length.
 
 Every document is read whole (or its first --length tokens) with one kept cache, so that a converted model's memory
-stays constant; --repeat reads it over and over as one text. Arms: original, L/G, and fresh:W, the same text cut into
-windows of W tokens that know nothing of each other. --sliding-window reads overlapping windows instead.
+stays constant; --repeat reads it over and over as one text, --join reads all documents as one. Arms: original, L/G,
+fresh:W (the text cut into windows of W tokens that know nothing of each other) and truncate:N (windows of N tokens that
+move by N/2 and score what is new, so that each token has N/2 to N before it). --sliding-window N is the same for every
+arm, with windows and steps of any size.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -27,6 +29,8 @@ examples:
   longpatch eval perplexity demo books/ --baseline fresh:256,256/0,original --length 4096
   longpatch eval perplexity smollm2 book.txt --local-branch 2048 --length 24576 --baseline fresh:8192,original
   longpatch eval perplexity demo book.txt --repeat 10 --bucket 100000 --out stream.jsonl --resume
+  longpatch eval perplexity MODEL books/ --join --bucket 1000000 --out stream.jsonl     however long they are
+  longpatch eval perplexity MODEL books/ --length 4096 --bucket 1 --smooth 64 --plot positions.png
   longpatch eval perplexity MODEL tokens.bin --seq-len 8192 --sliding-window 256 --context-size 8192 --no-convert
 """
 
@@ -38,6 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--start", type=int, default=0, metavar="N", help="leave out the first N documents")
     parser.add_argument("--length", type=positive, metavar="N", help="read the first N tokens of each (default: all)")
     parser.add_argument("--repeat", type=positive, default=1, metavar="N", help="read each text N times over as one")
+    parser.add_argument("--join", action="store_true", help="read all documents as one text")
     parser.add_argument("--chunk", type=positive, default=512, metavar="N", help="tokens per forward (default: 512)")
     parser.add_argument(
         "--bucket",
@@ -56,14 +61,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--score", choices=("new", "all"), default="new", help="tokens no earlier window scored, or all of each window"
     )
     add_model_flags(parser)
-    add_run_flags(parser, "original, fresh:W, L/G")
+    add_run_flags(parser, "original, L/G, fresh:W, truncate:N")
     add_plot_flag(parser)
 
 
 def run(arguments: Namespace) -> None:
     documents = read_documents(arguments.texts, arguments.field, arguments.start, arguments.limit)
     model, tokenizer = open_model(arguments)
-    samples = document_samples(documents, tokenizer, arguments.length, arguments.repeat)
+    samples = document_samples(documents, tokenizer, arguments.length, arguments.repeat, arguments.join)
     if arguments.sliding_window:
         _run_sliding(arguments, model, samples)
         return
@@ -78,7 +83,7 @@ def run(arguments: Namespace) -> None:
     if arguments.repeat > 1:
         settings["repeat"] = arguments.repeat
     run = open_run(arguments, "eval perplexity", **settings)
-    show(run, run.records(model, arms, samples, partial(measure_positions, model, tokenizer, reading)), arguments.plot)
+    show(run, run.records(model, arms, samples, partial(measure_positions, model, tokenizer, reading)), arguments)
 
 
 def _run_sliding(arguments: Namespace, model, samples: list[Sample]) -> None:
@@ -92,4 +97,4 @@ def _run_sliding(arguments: Namespace, model, samples: list[Sample]) -> None:
         new_only = arguments.score == "new"
         return measure_sliding(model, length, arguments.sliding_window, context, new_only, sample, work)
 
-    show(run, run.records(model, arms, samples, measure), arguments.plot)
+    show(run, run.records(model, arms, samples, measure), arguments)

@@ -57,4 +57,4 @@ def run(arguments: Namespace) -> None:
     evaluation = QuestionAnswering(answerer, arguments.prompt, arguments.context_tokens)
     settings = {"prompt": arguments.prompt, "context_tokens": arguments.context_tokens}
     run = open_run(arguments, "eval qa", **settings, chat_template=arguments.chat_template)
-    show(run, run.records(model, arms, samples, evaluation.measure), arguments.plot)
+    show(run, run.records(model, arms, samples, evaluation.measure), arguments)

@@ -28,6 +28,7 @@ examples:
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("texts", type=Path, nargs="+", metavar="FILE", help="UTF-8 texts")
+    parser.add_argument("--limit", type=positive, metavar="N", help="read the first N texts only")
     parser.add_argument("--tokens", type=positive, metavar="N", help="read the first N tokens only (default: all)")
     add_learning_flags(parser)
     walk = parser.add_argument_group("walk")
@@ -45,6 +46,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     walk.add_argument(
         "--cache-reuse-chunks", type=int, default=1, metavar="K", help="build the cache anew after (0: never)"
+    )
+    walk.add_argument(
+        "--fresh-base", action="store_true", help="rebuild the base's cache as well, for a model that does not stream"
     )
     report = parser.add_argument_group("report")
     report.add_argument(
@@ -105,9 +109,10 @@ def run(arguments: Namespace) -> None:
         tuple(arguments.inference_context_tokens),
         arguments.cache_reuse_chunks or None,
         learn_options(arguments),
+        arguments.fresh_base,
     )
     scores, lines = [], []
-    for path in arguments.texts:
+    for path in arguments.texts[: arguments.limit]:
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         text_ids = tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False)
         ids = torch.tensor(bos + text_ids)[: arguments.tokens]
@@ -190,6 +195,7 @@ def _records(arguments: Namespace, walk: Walk, text: str, found: Bucket) -> list
         "chunk_tokens": walk.chunk_tokens,
         "context_tokens": walk.context_tokens,
         "cache_reuse_chunks": walk.cache_reuse_chunks,
+        "fresh_base": walk.fresh_base,
         "learn": walk.learn.to_dict(),
     }
     metrics = {"perplexity": found.perplexity, "mean_chunk_perplexity": found.chunk_mean}

@@ -56,4 +56,4 @@ def run(arguments: Namespace) -> None:
     template = chat_template(tokenizer, arguments.chat_template)
     evaluation = Topic(Answerer(model, tokenizer, template, arguments.new_tokens))
     run = open_run(arguments, "eval topic", chat_template=arguments.chat_template)
-    show(run, run.records(model, arms, samples[: arguments.limit], evaluation.measure), arguments.plot)
+    show(run, run.records(model, arms, samples[: arguments.limit], evaluation.measure), arguments)
