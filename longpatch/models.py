@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.distributed import DistributedConfig
 
 from .adapter import base_name, is_adapter, load_adapter
 from .convert import convert_model
@@ -128,7 +129,7 @@ def _load(name: str, dtype: torch.dtype, adapter, device_map, quantization: str,
     if device_map is not None:
         options["device_map"] = device_map
     if tensor_parallel:
-        options["tp_plan"] = "auto"
+        options["distributed_config"] = DistributedConfig(tp_plan="auto")
     folder, file = _locate(_base(name))
     if quantization == "none":
         model = _from_gguf(folder, file, options) if file else _from_folder(folder, options)
