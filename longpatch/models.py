@@ -43,8 +43,18 @@ def load_model(
     """
     with _reported(name):
         model = _load(name, dtype, adapter, device_map, quantization, tensor_parallel)
+        return model, load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of MODEL alone.
+
+    Raises:
+        LongpatchError: as `load_model`.
+    """
+    with _reported(name):
         folder, file = _locate(_base(name))
-        return model, AutoTokenizer.from_pretrained(folder, **file)
+        return AutoTokenizer.from_pretrained(folder, **file)
 
 
 def from_pretrained(

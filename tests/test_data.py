@@ -5,12 +5,20 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace, Sequence, Split
+from transformers import PreTrainedTokenizerFast
 
 from longpatch import LongpatchError
-from longpatch.data import Rows, load_rows, pad_right
+from longpatch.cli import main
+from longpatch.data import Rows, load_rows, pad_right, sources
 from longpatch.data.binary import sidecar, write_binary
+from longpatch.data.documents import Encoder
 from longpatch.data.settings import DataSection
+from longpatch.data.tokenize import tokenize
 from longpatch.demo import load
+from longpatch.templates import find_template, render
 
 WORDS = "All work and no play makes a long text. "
 
@@ -32,7 +40,16 @@ def section(**settings):
 
 
 def all_tokens(rows):
-    return torch.cat([row["input_ids"] for row in rows])
+    return torch.cat([rows[i]["input_ids"] for i in range(len(rows))])
+
+
+def trained(row, tokenizer):
+    return tokenizer.decode(row["labels"][row["labels"] >= 0])
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def texts(books, tokenizer):
@@ -41,7 +58,7 @@ def texts(books, tokenizer):
 
 def test_packed_rows_hold_every_token_once(books, tokenizer):
     rows = load_rows(books, section(), tokenizer)
-    assert torch.equal(all_tokens(rows[i] for i in range(len(rows))), texts(books, tokenizer))
+    assert torch.equal(all_tokens(rows), texts(books, tokenizer))
     assert {len(rows[i]["input_ids"]) for i in range(len(rows) - 1)} == {64}
     assert torch.equal(rows[3]["labels"], rows[3]["input_ids"])
 
@@ -94,21 +111,176 @@ def test_only_answers_are_trained(tmp_path, tokenizer):
     assert (packed[0]["labels"] >= 0).sum() == sum((read[i]["labels"] >= 0).sum() for i in range(3))
 
 
-def test_messages_train_the_assistant_alone(tmp_path, tokenizer):
-    path = tmp_path / "rows.jsonl"
-    turns = [("user", "Hello?"), ("assistant", "Yes."), ("user", "Bye."), ("assistant", "So long.")]
-    path.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}))
-    with pytest.raises(LongpatchError, match=r"rows.jsonl:1: the tokenizer has no chat template"):
-        load_rows(str(path), section(pack=False), tokenizer)
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+QUESTIONS = [
+    {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]},
+    {"conversations": [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Yes."}]},
+    {"input": "Hello?", "output": "Yes."},
+    {"instruction": "Hello?", "input": "", "output": "Yes."},
+]
+
+
+@pytest.mark.parametrize("template", ["none", "vicuna", "llama-2", "mistral"])
+def test_four_kinds_of_rows_are_the_same_and_train_the_answer_alone(tmp_path, tokenizer, template):
+    path = write(tmp_path / "rows.jsonl", QUESTIONS)
+    rows = load_rows(path, section(pack=False, length=200, template=template), tokenizer)
+    assert len(rows) == 4
+    for row in rows:
+        assert torch.equal(row["input_ids"], rows[0]["input_ids"])
+        assert trained(row, tokenizer).strip() in ("Yes.<s>", "Yes. <s>")
+        whole = render(tokenizer, find_template(tokenizer, template), QUESTIONS[0]["messages"])
+        assert tokenizer.decode(row["input_ids"]) == whole
+
+
+def test_each_answer_is_trained_with_its_end_and_nothing_after_it(tmp_path, tokenizer):
+    turns = [("system", "Be."), ("user", "Hello?"), ("assistant", "Yes."), ("user", "Bye."), ("assistant", "So long.")]
+    messages = [{"role": role, "content": text} for role, text in [*turns, ("user", "More?")]]
+    path = write(tmp_path / "rows.jsonl", [{"messages": messages}])
+    file = tmp_path / "own.jinja"
+    file.write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}<s>{{ '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    try:
-        row = load_rows(str(path), section(pack=False), tokenizer)[0]
-    finally:
-        tokenizer.chat_template = None
-    assert tokenizer.decode(row["labels"][row["labels"] >= 0]) == "Yes.\nSo long.\n"
+    row = load_rows(path, section(pack=False, template=str(file)), tokenizer)[0]
+    assert trained(row, tokenizer) == "Yes.<s>So long.<s>"
+    expected = "[system]Be.<s>\n[user]Hello?<s>\n[assistant]Yes.<s>\n[user]Bye.<s>\n[assistant]So long.<s>\n"
+    assert tokenizer.decode(row["input_ids"]) == expected
+    file.write_text("{% for m in messages %}{{ messages | length }}{{ m.content }}{% endfor %}")
+    with pytest.raises(LongpatchError, match=r"rows.jsonl:1: the chat template rewrites earlier turns"):
+        load_rows(path, section(pack=False, template=str(file)), tokenizer)
+
+
+def test_long_conversations_are_dropped_long_texts_cut_and_both_counted(tmp_path, tokenizer):
+    rows = [{"input": WORDS * 10, "output": "Yes."}, QUESTIONS[2], {"text": WORDS * 10}, {"text": ""}, {"text": "x"}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    read = load_rows(path, section(pack=False, min_length=4), tokenizer)
+    lengths = [len(row["input_ids"]) for row in read]
+    assert len(lengths) == 2
+    assert lengths[1] == 64 > lengths[0]
+    (count,) = read.counts
+    found = (count.documents, count.long, count.cut, count.short, count.empty)
+    assert found == (3, 1, 1, 1, 1)
+    assert count.tokens == len(read.tokens)
+    assert count.trained == read.trained.sum()
+    stream = load_rows(path, section(pack=False, min_length=4), tokenizer, streaming=True)
+    rows_again = iter(stream)
+    for row in read:
+        assert torch.equal(next(rows_again)["input_ids"], row["input_ids"])
+    next(rows_again)  # of the second pass, before which the long row came once more
+    assert (stream.counts[0].long, stream.counts[0].cut) == (2, 1)
+
+
+def test_a_mixture_takes_what_it_says_of_each_part(tmp_path, tokenizer):
+    for name in "abc":
+        write(tmp_path / f"{name}.jsonl", [{"text": f"{name} {number}."} for number in range(20)])
+
+    def read(train, **settings):
+        rows = load_rows(train, section(pack=False, data_root=str(tmp_path), **settings), tokenizer)
+        return [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows]
+
+    mixed = read({"a.jsonl": 1, "b.jsonl[5]": 1, "c.jsonl[10]": 2.5})
+    parts = {name: [text for text in mixed if text[0] == name] for name in "abc"}
+    assert parts["a"] == [f"a {number}." for number in range(20)]
+    assert len(set(parts["b"])) == len(parts["b"]) == 5
+    assert (len(set(parts["c"])), len(parts["c"])) == (10, 25)
+    assert parts["c"][:10] == parts["c"][10:20]
+    assert {text[0] for text in mixed[:8]} == {text[0] for text in mixed[-8:]} == set("abc")  # spread evenly
+    assert read({"a.jsonl": 1, "b.jsonl[5]": 1, "c.jsonl[10]": 2.5}) == mixed
+    assert read(["b.jsonl[5]"]) == parts["b"]
+    assert read(["b.jsonl[5]"], seed=1) != parts["b"]
+
+
+def test_the_cache_is_read_until_content_or_settings_change(tmp_path, tokenizer, monkeypatch):
+    source, cache, encoded = tmp_path / "a.txt", tmp_path / "cache", []
+    source.write_text(WORDS * 50)
+    original = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, source: encoded.append(source) or original(self, source))
+
+    def read(**settings):
+        encoded.clear()
+        rows = load_rows(str(source), section(cache=str(cache), **settings), tokenizer)
+        return all_tokens(rows), rows.counts, len(encoded)
+
+    tokens, counts, times = read()
+    assert times == 1
+    again, counts_again, times = read(workers=1, bos=False)
+    assert torch.equal(again, tokens)
+    assert counts_again == counts
+    assert times == 0
+    assert read(length=65)[2] == 1
+    assert read(template="vicuna")[2] == 1
+    source.write_text(WORDS * 51)
+    assert read()[2] == 1
+    source.write_bytes(b"good\n\xff bad")
+    kept = sorted(cache.iterdir())
+    with pytest.raises(LongpatchError, match=r"a.txt:2 is not UTF-8"):
+        read()
+    assert sorted(cache.iterdir()) == kept
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "words"])
+def test_a_text_in_pieces_is_the_text(tmp_path, tokenizer, monkeypatch, kind):
+    """Also where a tokenizer puts a space before the first word of whatever it gets."""
+    if kind == "words":
+        vocabulary = {
+            token: number for number, token in enumerate(["?", "\n", "▁night", "night", "▁it", "▁was", "▁dark"])
+        }
+        words = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+        words.pre_tokenizer = Sequence([Split("\n", "isolated"), Metaspace(prepend_scheme="first", split=True)])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    text = "it was dark\nnight it was dark\n\n  night\nit was\nnight night\n" * 40 + "night " * 100
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    monkeypatch.setattr(sources, "PIECE", 100)
+    pieces = list(sources.read_rows([path], range(1)))
+    assert len(pieces) > 20
+    assert "".join(piece.row["text"] for piece in pieces) == text
+    encoder = Encoder(tokenizer)
+    ids = np.concatenate([encoder((0, piece)).ids for piece in pieces])
+    assert ids.tolist() == tokenizer.encode(text)
+    monkeypatch.undo()
+    rows = load_rows(str(path), section(pack=False, length=150), tokenizer)
+    assert rows[0]["input_ids"].tolist() == tokenizer.encode(text)[:150]
+
+
+def test_tokenize_makes_what_training_reads_from_texts(books, tmp_path, tokenizer, capsys):
+    out = tmp_path / "books.bin"
+    assert main(["tokenize", "demo", books, str(out), "--workers", "2"]) == 0
+    assert "       2" in capsys.readouterr().out
+    from_texts, from_file = load_rows(books, section(), tokenizer), load_rows(str(out), section(), tokenizer)
+    assert torch.equal(all_tokens(from_file), all_tokens(from_texts))
+    described = json.loads(sidecar(out).read_text())
+    assert described["tokens"] == len(from_texts.tokens) == described["counts"][0]["tokens"]
+
+
+def test_a_failed_tokenize_leaves_what_was_there(tmp_path, tokenizer):
+    good, bad, out = tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "out.bin"
+    good.write_text(WORDS)
+    bad.write_text('{"text": "fine"}\n{"input": "?", "output": "!"}\n')
+    with pytest.raises(LongpatchError, match=r"b.jsonl:2 is a conversation.*plain texts"):
+        tokenize(tokenizer, [str(good), str(bad)], out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.jsonl"]
+    tokenize(tokenizer, [str(good)], out)
+    before = out.read_bytes()
+    with pytest.raises(LongpatchError):
+        tokenize(tokenizer, [str(good), str(bad)], out)
+    assert out.read_bytes() == before
+    assert len(load_rows(str(out), section(length=4), tokenizer)) > 1
+
+
+def test_inspect_data_shows_rows_marks_answers_and_draws(tmp_path, capsys):
+    write(tmp_path / "rows.jsonl", [*QUESTIONS, {"input": WORDS * 200, "output": "Long."}])
+    config, plot = tmp_path / "c.yaml", tmp_path / "lengths.png"
+    config.write_text(
+        f"model: {{name: demo}}\noutput: none\ndata:\n  data_root: {tmp_path}\n  length: 9000\n  pack: false\n"
+        "  train:\n    rows.jsonl[5]: 1\n"
+    )
+    assert main(["inspect-data", str(config), "--rows", "5", "--plot", str(plot)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("<s>Hello?\n⟦Yes.<s>⟧") == 4
+    assert " tokens ... " in shown
+    assert "⟦Long.<s>⟧" in shown
+    assert "rows.jsonl[5]" in shown
+    assert plot.stat().st_size > 1000
 
 
 @pytest.mark.parametrize("vocabulary", [0, 70_000])
@@ -122,34 +294,7 @@ def test_token_files(tmp_path, tokenizer, vocabulary, monkeypatch):
     assert isinstance(rows, Rows)
     assert isinstance(rows.tokens, np.memmap)
     assert path.stat().st_size == 1000 * (4 if vocabulary else 2)
-    assert torch.equal(all_tokens(rows[i] for i in range(len(rows))), torch.from_numpy(ids))
-
-
-def test_what_is_wrong_is_named(tmp_path, tokenizer):
-    def refused(path, match, **settings):
-        with pytest.raises(LongpatchError, match=match):
-            load_rows(str(path), section(**settings), tokenizer)
-
-    refused(tmp_path / "none.txt", "no file .*none.txt")
-    refused(tmp_path, "no .txt or .jsonl file in")
-    (tmp_path / "a.csv").write_text("1")
-    refused(tmp_path / "a.csv", r"a.csv is neither .txt nor .jsonl")
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
-    refused(tmp_path / "a.txt", r"a.txt is not UTF-8")
-    lines = tmp_path / "a.jsonl"
-    for second, match in (
-        ('{"text": ', "is not JSON"),
-        ("[]", "is not a JSON object"),
-        ('{"a": 1}', "has the fields a"),
-    ):
-        lines.write_text('{"text": "x y z"}\n' + second)
-        refused(lines, f"a.jsonl:2 {match}")
-    tokens = tmp_path / "a.bin"
-    tokens.write_bytes(b"\0" * 20)
-    refused(tokens, "no usable description a.json")
-    sidecar(tokens).write_text('{"dtype": "uint16", "vocabulary": 5, "tokens": 11}')
-    refused(tokens, "has 20 bytes, not 11 tokens.*made for 5 tokens, the tokenizer has 4096")
-    refused(tokens, "one .bin by itself", pack=False)
+    assert torch.equal(all_tokens(rows), torch.from_numpy(ids))
 
 
 def test_batches_are_padded_on_the_right():

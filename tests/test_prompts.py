@@ -9,6 +9,7 @@ import torch
 
 from longpatch import LongpatchError, convert_model
 from longpatch.demo import load
+from longpatch.endpoint import Endpoint
 from longpatch.evaluation.arms import Arm
 from longpatch.evaluation.attention import principal_components, recording
 from longpatch.evaluation.judge import Judge
@@ -109,24 +110,26 @@ def test_topics_and_lines():
 def test_a_judge_behind_an_endpoint():
     asked = []
 
-    class Endpoint(http.server.BaseHTTPRequestHandler):
+    class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
             self.send_response(200)
+            self.send_header("Content-Type", "application/json")
             self.end_headers()
             self.wfile.write(json.dumps({"choices": [{"message": {"content": "I say 10."}}]}).encode())
 
         def log_message(self, *args):
             pass
 
-    server = http.server.HTTPServer(("127.0.0.1", 0), Endpoint)
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.handle_request, daemon=True).start()
-    assert Judge(f"http://127.0.0.1:{server.server_port}/v1", "m")("Where?", "here", "there") == 1.0
+    judge = Judge(Endpoint(f"http://127.0.0.1:{server.server_port}/v1", "m", timeout_s=2, retries=0))
+    assert judge("Where?", "here", "there") == 1.0
     server.server_close()
     assert asked[0][0] == "/v1/chat/completions"
     assert "Reference answer: here" in asked[0][1]["messages"][0]["content"]
-    with pytest.raises(LongpatchError, match="judge"):
-        Judge(f"http://127.0.0.1:{server.server_port}/v1", "m", timeout_s=2)("Where?", "here", "there")
+    with pytest.raises(LongpatchError, match=r"endpoint: http://127\.0\.0\.1"):
+        judge("Where?", "here", "there")
 
 
 @pytest.mark.parametrize("converted", [False, True])

@@ -377,6 +377,19 @@ def test_settings_as_text():
         Recall.parse("top_k=many")
 
 
+@pytest.mark.parametrize(("window", "distance"), [(12, 6), (130, 64)])
+@torch.no_grad()
+def test_the_default_distance(window, distance, mode):
+    """64 tokens, or half the window if that is less."""
+    ids = random_ids(1, window + 30)
+    default, given, other = (
+        convert_llama_model(tiny_llama(), window, SINKS, recall=replace(mode, distance=d))(ids).logits
+        for d in (None, distance, distance + 1)
+    )
+    assert torch.equal(default, given)
+    assert (default - other).abs().max() > 1e-3
+
+
 def test_recall_from_the_command_line():
     parser = argparse.ArgumentParser()
     add_model_flags(parser)

@@ -8,6 +8,11 @@ from .command import add_commands
 
 COMMANDS = {
     "demo": "see on real text what conversion does",
+    "chat": "talk with a model for as long as you like",
+    "generate": "continue a text of any length",
+    "synthesize": "make question data from long texts",
+    "tokenize": "turn texts into a file of token ids",
+    "inspect-data": "look at rows as the model will see them",
     "train": "teach a model to read further: QLoRA with stretched positions",
     "merge": "add a trained adapter to its model",
     "eval": "measure a model: perplexity, passkey, ...",

@@ -8,14 +8,17 @@ import torch
 
 from longpatch_kernels import IMPLEMENTATIONS
 
+from ..chat.sampling import Sampling
 from ..convert import convert_model
+from ..errors import LongpatchError
 from ..evaluation.arms import SYNTAX, Arm, check_arms, converted_arm, parse_arms
 from ..evaluation.run import Run
 from ..models import load_model
 from ..recall import Recall
+from ..temp_lora import LearnOptions
 
 MODEL_HELP = "a folder, a hub name, a .gguf file, 'demo' (the small model inside this package) or 'smollm2'"
-TEMPLATE_HELP = "chat template: auto (the tokenizer's where it has one), none, a template's name, or a Jinja file"
+TEMPLATE_HELP = "auto (the tokenizer's where it has one), none, vicuna, llama-2, llama-3, mistral, or a Jinja file"
 
 
 def positive(text: str) -> int:
@@ -38,6 +41,14 @@ def fractions(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
+def recall_settings(text: str) -> Recall:
+    """Settings of `Recall`, as `Recall.parse` reads them."""
+    try:
+        return Recall.parse(text)
+    except LongpatchError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Which model, how it is loaded and how it is converted."""
     group = parser.add_argument_group("model and conversion")
@@ -46,7 +57,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--limit-distance", type=int, metavar="D", help="distance at which they appear (default: L)")
     group.add_argument(
         "--recall",
-        type=Recall.parse,
+        type=recall_settings,
         metavar="SETTINGS",
         help="what left the window comes back: 'default', or settings of longpatch.Recall: top_k=20,distance=128",
     )
@@ -113,6 +124,39 @@ def add_template_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat-template", default="auto", metavar="NAME|FILE|none", help=TEMPLATE_HELP)
 
 
+def add_sampling_flags(parser: argparse.ArgumentParser, new_tokens: int) -> None:
+    """How text is written."""
+    group = parser.add_argument_group("writing")
+    group.add_argument("--new-tokens", type=positive, default=new_tokens, metavar="N", help=f"default: {new_tokens}")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest share P")
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: repeat less")
+
+
+def sampling(arguments: argparse.Namespace) -> Sampling:
+    return Sampling(arguments.new_tokens, arguments.temperature, arguments.top_p, arguments.repetition_penalty)
+
+
+def add_learning_flags(parser: argparse.ArgumentParser) -> None:
+    """A temporary adapter that learns while text is written."""
+    group = parser.add_argument_group("temporary adapter (Temp-LoRA)")
+    group.add_argument("--temp-lora", action="store_true", help="learn from the text while it lasts")
+    group.add_argument("--learn-tokens", type=positive, default=256, metavar="N", help="tokens learned at a time")
+    group.add_argument("--learning-rate", type=float, default=5e-5, metavar="X")
+    group.add_argument("--rank", type=positive, default=64, metavar="R")
+    group.add_argument("--epochs", type=positive, default=2, metavar="N", help="steps on each part")
+
+
+def learn_options(arguments: argparse.Namespace) -> LearnOptions:
+    return LearnOptions(
+        rank=arguments.rank,
+        alpha=arguments.rank,
+        learning_rate=arguments.learning_rate,
+        epochs=arguments.epochs,
+        seed=arguments.seed,
+    )
+
+
 def open_arms(arguments: argparse.Namespace, model, kinds: tuple[str, ...], call: str) -> list[Arm]:
     """The model as the flags ask for it, then the baselines.
 
@@ -128,6 +172,7 @@ def open_arms(arguments: argparse.Namespace, model, kinds: tuple[str, ...], call
 
 def open_run(arguments: argparse.Namespace, command: str, **settings: Any) -> Run:
     """The run that the flags ask for; `settings` are those that all its records share."""
+    elsewhere = ("out", "resume", "plot", "smooth", "save_every", "run", "prog")
     return Run(
         command,
         arguments.model,
@@ -135,4 +180,5 @@ def open_run(arguments: argparse.Namespace, command: str, **settings: Any) -> Ru
         arguments.seed,
         arguments.out,
         arguments.resume,
+        {name: str(value) for name, value in vars(arguments).items() if name not in elsewhere},
     )

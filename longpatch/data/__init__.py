@@ -1,41 +1,49 @@
-"""From files to rows of tokens: sources -> documents -> rows -> batches."""
+"""From files to rows of tokens: sources -> mixture -> documents -> rows -> batches."""
 
-from collections.abc import Sequence
 from typing import Any
-
-from torch.utils.data import Dataset
 
 from ..errors import LongpatchError
 from .batch import pad_right
 from .binary import is_binary, read_binary
-from .documents import Encoder
+from .counts import keep, start_counts
+from .documents import Encoder, encode
+from .mixture import parse_parts, read_mixture
 from .rows import Rows, StreamedRows
 from .settings import DataSection
-from .sources import read_sources
+from .store import open_store
 
-__all__ = ["Rows", "StreamedRows", "load_rows", "pad_right"]
+__all__ = ["DataSection", "Rows", "StreamedRows", "load_rows", "pad_right"]
 
 
-def load_rows(paths: str | Sequence[str], section: DataSection, tokenizer: Any, streaming: bool = False) -> Dataset:
+def load_rows(
+    paths: str | list[str] | dict[str, Any], section: DataSection, tokenizer: Any, streaming: bool = False
+) -> Rows | StreamedRows:
     """Rows `{input_ids, labels}` of `paths`, as `section` asks for.
 
     Raises:
         LongpatchError: naming the file (and the line) that cannot be read, or when no row is left.
     """
-    paths = [paths] if isinstance(paths, str) else list(paths)
+    parts = parse_parts(paths, section.data_root)
     bos = tokenizer.bos_token_id if section.bos else None
     if section.bos and bos is None:
-        raise LongpatchError("load_rows", ["data.bos=true, but the tokenizer has no BOS token"])
-    binary = [path for path in paths if is_binary(path)]
-    if binary and (len(paths) > 1 or not section.pack):
-        raise LongpatchError("load_rows", [f"{binary[0]} is a token file"], "one .bin by itself, with data.pack=true")
+        raise LongpatchError("data", ["data.bos=true, but the tokenizer has no BOS token"])
+    binary = [part for part in parts if is_binary(part.path)]
     if binary:
-        rows = Rows.packed(read_binary(binary[0], tokenizer), None, section.length, section.min_length, bos)
+        if len(parts) > 1 or not section.pack or binary[0].cap is not None or binary[0].weight != 1:
+            supported = "one .bin by itself, whole, with data.pack=true"
+            raise LongpatchError("data", [f"{binary[0].name} is a token file"], supported)
+        tokens = read_binary(binary[0].path, tokenizer)
+        rows = Rows.packed(tokens, None, section.length, section.min_length, bos)
+    elif streaming:
+        encoder, counts = Encoder(tokenizer, section.template), start_counts(parts)
+
+        def documents():
+            return keep(encode(read_mixture(parts, section.seed), encoder, section.workers), section, counts)
+
+        return StreamedRows(documents, section, bos, counts)
     else:
-        encoder = Encoder(tokenizer)
-        if streaming:
-            return StreamedRows(lambda: map(encoder, read_sources(paths)), section, bos)
-        rows = Rows.from_documents(map(encoder, read_sources(paths)), section, bos)
+        rows = Rows.from_store(open_store(parts, section, tokenizer), section, bos)
     if not len(rows):
-        raise LongpatchError("load_rows", [f"no row of at least {section.min_length} tokens in {', '.join(paths)}"])
+        names = ", ".join(part.name for part in parts)
+        raise LongpatchError("data", [f"no row of at least {section.min_length} tokens in {names}"])
     return rows

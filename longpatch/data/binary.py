@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import LongpatchError
+from .tokens import fingerprint
 
 DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
+CHECKED = 2**24  # tokens that are looked at in one go
+SUPPORTED = "uint16 or uint32, and the tokenizer that the file was made with"
 
 
 def is_binary(path: str) -> bool:
@@ -16,39 +19,104 @@ def is_binary(path: str) -> bool:
 
 
 def sidecar(path: str | Path) -> Path:
-    """`books.json` for `books.bin`: {dtype, vocabulary, tokens}."""
+    """`books.json` for `books.bin`: {dtype, vocabulary, tokenizer, tokens, counts}."""
     return Path(path).with_suffix(".json")
 
 
+class TokenWriter:
+    """Writes a token file, in the smallest type that holds the vocabulary; nothing is left of one that fails::
+
+        with TokenWriter(path, tokenizer) as writer:
+            writer.append(ids)
+
+    `counts` is plain data that the description keeps.
+    """
+
+    def __init__(self, path: str | Path, tokenizer: Any):
+        self.path, self.vocabulary = Path(path), len(tokenizer)
+        self.tokenizer = fingerprint(tokenizer)
+        self.dtype = "uint16" if self.vocabulary <= 2**16 else "uint32"
+        self.tokens = 0
+        self.counts: Any = None
+        self._unfinished = self.path.with_suffix(".bin.unfinished")
+
+    def __enter__(self) -> "TokenWriter":
+        self._file = self._unfinished.open("wb")
+        return self
+
+    def append(self, ids: np.ndarray) -> None:
+        """Token ids `[n]`."""
+        ids.astype(DTYPES[self.dtype]).tofile(self._file)
+        self.tokens += len(ids)
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        self._file.close()
+        if kind is not None:
+            self._unfinished.unlink()
+            return
+        described = {
+            "dtype": self.dtype,
+            "vocabulary": self.vocabulary,
+            "tokenizer": self.tokenizer,
+            "tokens": self.tokens,
+            "counts": self.counts,
+        }
+        sidecar(self.path).unlink(missing_ok=True)
+        self._unfinished.replace(self.path)
+        sidecar(self.path).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+
+
 def write_binary(path: str | Path, ids: np.ndarray, tokenizer: Any) -> None:
-    """Write token ids `[n]` in the smallest type that holds the vocabulary."""
-    vocabulary = len(tokenizer)
-    dtype = "uint16" if vocabulary <= 2**16 else "uint32"
-    ids.astype(DTYPES[dtype]).tofile(path)
-    described = {"dtype": dtype, "vocabulary": vocabulary, "tokens": len(ids)}
-    sidecar(path).write_text(json.dumps(described) + "\n", encoding="utf-8")
+    """Write token ids `[n]`."""
+    with TokenWriter(path, tokenizer) as writer:
+        writer.append(ids)
 
 
-def read_binary(path: str | Path, tokenizer: Any) -> np.ndarray:
+def read_binary(path: str | Path, tokenizer: Any, described: bool = True) -> np.ndarray:
     """Token ids `[n]` as a memory map.
 
+    Args:
+        described: refuse a file with no description beside it; otherwise that is taken for uint16.
+
     Raises:
-        LongpatchError: where the file is not what its description says, or was made for another vocabulary.
+        LongpatchError: where the file is not what its description says, was made with another tokenizer, or holds an
+            id that is none of the vocabulary.
     """
-    try:
-        described = json.loads(sidecar(path).read_text(encoding="utf-8"))
-        dtype, vocabulary, tokens = described["dtype"], described["vocabulary"], described["tokens"]
-        size = Path(path).stat().st_size
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{path} has no usable description {sidecar(path).name}: {error!r}"
-        raise LongpatchError("read_binary", [reason], "{dtype, vocabulary, tokens} as JSON") from error
+    path, vocabulary = Path(path), len(tokenizer)
+    if not described and path.is_file() and not sidecar(path).exists():
+        description: dict[str, Any] = {"dtype": "uint16"}
+    else:
+        description = _description(path)
+    dtype = description["dtype"]
     reasons = []
     if dtype not in DTYPES:
-        reasons.append(f"{path} says dtype={dtype!r}")
-    elif size != tokens * np.dtype(DTYPES[dtype]).itemsize:
-        reasons.append(f"{path} has {size} bytes, not {tokens} tokens of {dtype}")
-    if vocabulary != len(tokenizer):
-        reasons.append(f"{path} was made for {vocabulary} tokens, the tokenizer has {len(tokenizer)}")
+        raise LongpatchError("data", [f"{path} says dtype={dtype!r}"], SUPPORTED)
+    size, width = path.stat().st_size, np.dtype(DTYPES[dtype]).itemsize
+    tokens = description.get("tokens", size / width)
+    if size != tokens * width:
+        reasons.append(f"{path} has {size} bytes, not {tokens:g} tokens of {dtype}")
+    if description.get("vocabulary", vocabulary) != vocabulary:
+        reasons.append(f"{path} was made for {description['vocabulary']} tokens, the tokenizer has {vocabulary}")
+    elif "tokenizer" in description and description["tokenizer"] != fingerprint(tokenizer):
+        reasons.append(f"{path} was made with another tokenizer")
+    if not reasons and not size:
+        reasons.append(f"{path} is empty")
     if reasons:
-        raise LongpatchError("read_binary", reasons, "uint16 or uint32, and the tokenizer the file was made with")
-    return np.memmap(path, dtype=DTYPES[dtype], mode="r")
+        raise LongpatchError("data", reasons, SUPPORTED)
+    ids = np.memmap(path, dtype=DTYPES[dtype], mode="r")
+    for start in range(0, len(ids), CHECKED):
+        largest = int(ids[start : start + CHECKED].max())
+        if largest >= vocabulary:
+            raise LongpatchError("data", [f"{path} holds the id {largest} of a vocabulary of {vocabulary}"], SUPPORTED)
+    return ids
+
+
+def _description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(sidecar(path).read_text(encoding="utf-8"))
+        description["dtype"], description["vocabulary"] + 0, description["tokens"] + 0
+        path.stat()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{path} has no usable description {sidecar(path).name}: {error!r}"
+        raise LongpatchError("data", [reason], "{dtype, vocabulary, tokens} as JSON") from error
+    return description

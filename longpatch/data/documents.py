@@ -1,75 +1,115 @@
 """A raw row becomes tokens, and which of them are trained."""
 
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_all_start_methods, get_context
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import LongpatchError
-from .sources import Source
-
-SUPPORTED = "{text}; {messages: [{role, content}, ...]}; {input or instruction, output}"
+from ..pool import in_order
+from ..templates import find_template, render
+from .conversation import Messages, read_row
+from .sources import PIECE, Source
+from .tokens import Tokens
 
 
 class Document(NamedTuple):
-    """Token ids `[n]` uint32, and for each whether it is trained; None: all are."""
+    """Token ids `[n]` uint32, and for each whether it is trained; None: all are (a text)."""
 
     ids: np.ndarray
     trained: np.ndarray | None
+    part: int = 0  # of the mixture
+    last: bool = True  # a long text comes in several pieces
 
 
 class Encoder:
-    """Turns raw rows into documents: a text is trained throughout, of a conversation the answers alone."""
+    """Turns raw rows into documents: a text is trained throughout, of a conversation the answers alone.
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
+    Args:
+        template: of conversations, as `longpatch.templates.find_template` takes it.
+        texts_only: refuse conversations.
+    """
 
-    def __call__(self, source: Source) -> Document:
+    def __init__(self, tokenizer: Any, template: str = "auto", texts_only: bool = False):
+        self.tokens, self.template, self.texts_only = Tokens(tokenizer), find_template(tokenizer, template), texts_only
+
+    def __call__(self, numbered: tuple[int, Source]) -> Document:
         """Raises LongpatchError naming the row's place."""
-        row = source.row
-        match row:
-            case {"text": str(text)}:
-                return Document(self._ids(text, special=True), None)
-            case {"messages": list(messages)}:
-                return self._conversation(source.place, messages)
-            case {"instruction": str(question), "output": str(answer)}:
-                context = row.get("input") or ""
-                return self._answer(f"{question}\n\n{context}" if context else question, answer)
-            case {"input": str(question), "output": str(answer)}:
-                return self._answer(question, answer)
-        raise LongpatchError("read_sources", [f"{source.place} has the fields {', '.join(row) or 'none'}"], SUPPORTED)
+        part, source = numbered
+        read = read_row(source.place, source.row)
+        if isinstance(read, str):
+            ids = self.tokens.text(read, source.first, source.last) if read or not source.first else []
+            return Document(np.asarray(ids, dtype=np.uint32), None, part, source.last)
+        if self.texts_only:
+            raise LongpatchError("data", [f"{source.place} is a conversation"], "token files hold plain texts")
+        ids, trained = self._conversation(source.place, read)
+        return Document(np.asarray(ids, dtype=np.uint32), np.asarray(trained, dtype=bool), part)
 
-    def _ids(self, text: str, special: bool = False) -> np.ndarray:
-        return np.asarray(self.tokenizer.encode(text, add_special_tokens=special, verbose=False), dtype=np.uint32)
-
-    def _answer(self, question: str, answer: str) -> Document:
-        """`question`, a line break, `answer`, EOS; by the tokenizer's chat template where it has one."""
-        if getattr(self.tokenizer, "chat_template", None):
-            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            return self._conversation("", messages)
-        prompt = self._ids(f"{question}\n", special=True)
-        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        reply = np.concatenate((self._ids(answer), np.asarray(end, dtype=np.uint32)))
-        trained = np.repeat([False, True], [len(prompt), len(reply)])
-        return Document(np.concatenate((prompt, reply)), trained)
-
-    def _conversation(self, place: str, messages: list) -> Document:
-        """Each assistant turn with its end token is trained: what the template adds from one prefix to the next."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise LongpatchError("read_sources", [f"{place}: the tokenizer has no chat template for messages"])
-        if not all(isinstance(turn, dict) and {"role", "content"} <= set(turn) for turn in messages) or not messages:
-            raise LongpatchError("read_sources", [f"{place}: messages are not a list of {{role, content}}"], SUPPORTED)
-        ids = np.empty(0, dtype=np.uint32)
+    def _conversation(self, place: str, messages: Messages) -> tuple[list[int], list[bool]]:
+        """Up to the last answer. Prompts and answers are tokenised by themselves, as in a chat."""
+        ids: list[int] = []
         trained: list[bool] = []
-        for count, turn in enumerate(messages, start=1):
-            answer = turn["role"] == "assistant"
-            if answer:
-                ids, trained = self._extend(place, ids, trained, messages[: count - 1], prompt=True, learn=False)
-            ids, trained = self._extend(place, ids, trained, messages[:count], prompt=False, learn=answer)
-        return Document(ids, np.asarray(trained))
+        done = ""
+        try:
+            for count, turn in enumerate(messages):
+                if turn["role"] != "assistant":
+                    continue
+                prompt = render(self.tokens.tokenizer, self.template, messages[:count], prompt=True)
+                answered = render(self.tokens.tokenizer, self.template, messages[: count + 1])
+                if not prompt.startswith(done) or not answered.startswith(prompt):
+                    raise LongpatchError("data", ["the chat template rewrites earlier turns"])
+                question = self.tokens.inner(prompt[len(done) :]) if done else self.tokens.plain(prompt)
+                answer = self.tokens.inner(answered[len(prompt) :])
+                ids += question + answer
+                trained += [False] * len(question) + self._until_end(answer)
+                done = answered
+        except LongpatchError as error:
+            raise LongpatchError("data", [f"{place}: {reason}" for reason in error.reasons]) from error
+        return ids, trained
 
-    def _extend(self, place: str, ids: np.ndarray, trained: list[bool], messages: list, prompt: bool, learn: bool):
-        longer = self.tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
-        longer = self._ids(longer)
-        if not np.array_equal(longer[: len(ids)], ids):
-            raise LongpatchError("read_sources", [f"{place}: the chat template rewrites earlier turns"])
-        return longer, trained + [learn] * (len(longer) - len(ids))
+    def _until_end(self, answer: list[int]) -> list[bool]:
+        """Trained up to the token that ends the turn, not what the template puts after it."""
+        ends = [place for place, token in enumerate(answer) if token in self.tokens.special]
+        stop = ends[-1] + 1 if ends else len(answer)
+        return [place < stop for place in range(len(answer))]
+
+
+def encode(sources: Iterable[tuple[int, Source]], encoder: Encoder, workers: int = 1) -> Iterator[Document]:
+    """Documents of `sources`, in their order, by `workers` processes; few are held at one time."""
+    if workers == 1:
+        yield from map(encoder, sources)
+        return
+    method = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
+    context = get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(encoder,)) as pool:
+        for documents in in_order(pool, _encode, _batches(sources), 2 * workers):
+            yield from documents
+
+
+def _batches(sources: Iterable[tuple[int, Source]]) -> Iterator[list[tuple[int, Source]]]:
+    """Lists of about as many characters as a piece has."""
+    batch, size = [], 0
+    for numbered in sources:
+        batch.append(numbered)
+        size += len(str(numbered[1].row.get("text", ""))) or 4096
+        if size >= PIECE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+_encoder: Encoder  # of a worker process
+
+
+def _start(encoder: Encoder) -> None:
+    global _encoder
+    _encoder = encoder
+
+
+def _encode(batch: list[tuple[int, Source]]) -> list[Document]:
+    return [_encoder(numbered) for numbered in batch]

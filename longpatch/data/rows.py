@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from .counts import Count
 from .documents import Document
 from .settings import DataSection
+from .store import Store
 
 IGNORED = -100  # the label that cross-entropy leaves out
 
@@ -18,10 +20,14 @@ class Rows(Dataset):
     """`{input_ids, labels}`, each `[n]` int64, cut from `tokens` [N], which may be a memory map.
 
     `trained` [N] says which tokens are labels; None: all of them. With `bos`, each row starts with that token.
+    `counts` say what became of each source, `lengths` [D] are tokens of its documents before any cut; both are
+    empty for a token file.
     """
 
     def __init__(self, tokens: np.ndarray, trained: np.ndarray | None, spans: np.ndarray, bos: int | None):
         self.tokens, self.trained, self.spans, self.bos = tokens, trained, spans, bos
+        self.counts: list[Count] = []
+        self.lengths = np.empty(0, dtype=np.int64)
 
     @classmethod
     def packed(
@@ -34,26 +40,23 @@ class Rows(Dataset):
         return cls(tokens, trained, spans[spans[:, 1] - spans[:, 0] >= min_length - (length - stride)], bos)
 
     @classmethod
-    def from_documents(cls, documents: Iterable[Document], section: DataSection, bos: int | None) -> "Rows":
-        """Rows of `documents`, packed or each by itself."""
-        kept = list(documents)
-        empty = np.empty(0, dtype=np.uint32)
-        tokens = np.concatenate([empty, *(document.ids for document in kept)])
-        trained = None
-        if any(document.trained is not None for document in kept):
-            trained = np.concatenate([_trained(document) for document in kept])
+    def from_store(cls, store: Store, section: DataSection, bos: int | None) -> "Rows":
+        """Rows of a store's documents, packed or each by itself."""
         if section.pack:
-            return cls.packed(tokens, trained, section.length, section.min_length, bos)
-        ends = np.cumsum([len(document.ids) for document in kept], dtype=np.int64)
-        starts = np.concatenate(([0], ends[:-1]))
-        longest = section.length if bos is None else section.length - 1
-        spans = np.stack((starts, np.minimum(ends, starts + longest)), axis=1)
-        return cls(tokens, trained, spans[spans[:, 1] - spans[:, 0] >= section.min_length], bos)
+            rows = cls.packed(store.tokens, store.trained, section.length, section.min_length, bos)
+        else:
+            starts = np.concatenate((np.zeros(1, dtype=np.int64), store.ends))[:-1]
+            longest = section.length if bos is None else section.length - 1
+            spans = np.stack((starts, np.minimum(store.ends, starts + longest)), axis=1)
+            rows = cls(store.tokens, store.trained, spans[store.ends - starts >= section.min_length], bos)
+        rows.counts, rows.lengths = store.counts, np.diff(store.ends, prepend=0)
+        return rows
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Raises IndexError past the last row, so that rows can be iterated over."""
         start, stop = self.spans[index]
         trained = None if self.trained is None else self.trained[start:stop]
         return as_row(Document(self.tokens[start:stop], trained), self.bos)
@@ -62,8 +65,10 @@ class Rows(Dataset):
 class StreamedRows(IterableDataset):
     """The same rows, made while they are read, over and over; one document is held at a time."""
 
-    def __init__(self, documents: Callable[[], Iterable[Document]], section: DataSection, bos: int | None):
-        self.documents, self.section, self.bos = documents, section, bos
+    def __init__(
+        self, documents: Callable[[], Iterable[Document]], section: DataSection, bos: int | None, counts: list[Count]
+    ):
+        self.documents, self.section, self.bos, self.counts = documents, section, bos, counts
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:
@@ -78,7 +83,7 @@ class StreamedRows(IterableDataset):
         section = self.section
         length = section.length if self.bos is None else section.length - 1
         if not section.pack:
-            for document in self.documents():
+            for document in _whole(self.documents(), section.length):
                 if len(document.ids) >= section.min_length:
                     yield as_row(_part(document, 0, length), self.bos)
             return
@@ -94,10 +99,21 @@ class StreamedRows(IterableDataset):
 
 def as_row(document: Document, bos: int | None) -> dict[str, Tensor]:
     ids = torch.from_numpy(document.ids.astype(np.int64))
-    labels = ids.clone() if document.trained is None else ids.where(torch.from_numpy(document.trained), IGNORED)
+    labels = ids.clone() if document.trained is None else ids.where(torch.tensor(document.trained), IGNORED)
     if bos is not None and (not len(ids) or ids[0] != bos):
         ids, labels = (torch.cat((ids.new_tensor([first]), row)) for first, row in ((bos, ids), (IGNORED, labels)))
     return {"input_ids": ids, "labels": labels}
+
+
+def _whole(documents: Iterable[Document], length: int) -> Iterator[Document]:
+    """Documents with their pieces put together, up to `length` tokens."""
+    held: Document | None = None
+    for piece in documents:
+        held = piece if held is None else _join(held, piece)
+        held = _part(held, 0, length)
+        if piece.last:
+            yield held
+            held = None
 
 
 def _trained(document: Document) -> np.ndarray:

@@ -5,27 +5,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy
 import torch
 from torch import Tensor
 
+from ..data.binary import read_binary
 from ..errors import LongpatchError
 
-SUPPORTED = "UTF-8 .txt files, .jsonl rows with a text, .bin files of uint16 token ids, or folders of these"
+SUPPORTED = "UTF-8 .txt files, .jsonl rows with a text, .bin files of token ids, or folders of these"
 
 
 @dataclass(frozen=True)
 class Document:
-    """A named text: `text`, or `tokens` [n] where the file holds token ids already."""
+    """A named text: `text`, or `file` where it holds token ids already."""
 
     name: str
     text: str | None = None
-    tokens: Tensor | None = None
+    file: Path | None = None
 
     def ids(self, tokenizer, limit: int | None = None) -> Tensor:
-        """Token ids [n], BOS first where the tokenizer has one; the first `limit` of them."""
-        if self.tokens is not None:
-            return self.tokens[:limit].long()
+        """Token ids [n], BOS first where the tokenizer has one; the first `limit` of them.
+
+        Raises:
+            LongpatchError: for a token file of another tokenizer.
+        """
+        if self.file is not None:
+            return torch.from_numpy(read_binary(self.file, tokenizer, described=False)[:limit].astype("int64"))
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         text = self.text or ""
         # A token holds at least one character of most texts, and is rarely longer than 12.
@@ -70,8 +74,8 @@ def _read_rows(path: Path, field: str) -> Iterator[Document]:
 
 
 def _read_tokens(path: Path, field: str) -> Iterator[Document]:
-    ids = numpy.memmap(path, dtype=numpy.uint16, mode="r")
-    yield Document(path.name, tokens=torch.from_numpy(ids.astype(numpy.int32)))
+    if path.stat().st_size:
+        yield Document(path.name, file=path)
 
 
 _READERS = {".txt": _read_text, ".jsonl": _read_rows, ".bin": _read_tokens}

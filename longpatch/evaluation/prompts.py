@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import LongpatchError
+from ..templates import find_template, render
 from .arms import Arm
 
 PLACE = "\x00the prompt\x00"
@@ -30,27 +30,14 @@ class Template:
 def chat_template(tokenizer, name: str = "auto") -> Template:
     """The template called `name`, with the generation prompt.
 
-    "auto" is the tokenizer's, where it has one; else "none", a name that the tokenizer knows, or a Jinja file.
+    "auto" is the tokenizer's, where it has one; "none" puts BOS and nothing; else as `find_template` takes it.
 
     Raises:
         LongpatchError: for a name that is none of these.
     """
-    bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
-    own = tokenizer.chat_template
-    if name == "none" or (name == "auto" and not own):
-        return Template(bos)
-    if name == "auto":
-        chosen = None
-    elif isinstance(own, dict) and name in own:
-        chosen = own[name]
-    elif Path(name).is_file():
-        chosen = Path(name).read_text(encoding="utf-8")
-    else:
-        known = ["auto", "none", *(own if isinstance(own, dict) else [])]
-        raise LongpatchError("--chat-template", [f"{name!r} is no template"], f"{', '.join(known)}, or a Jinja file")
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": PLACE}], chat_template=chosen, tokenize=False, add_generation_prompt=True
-    )
+    if name == "none" or (name == "auto" and not tokenizer.chat_template):
+        return Template(() if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,))
+    text = render(tokenizer, find_template(tokenizer, name), [{"role": "user", "content": PLACE}], prompt=True)
     before, found, after = text.partition(PLACE)
     if not found:
         raise LongpatchError("--chat-template", [f"{name!r} leaves the user's message out"])

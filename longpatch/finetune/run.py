@@ -1,5 +1,6 @@
 """One training run, on the Trainer of transformers."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from ..adapter import RECORD, write_record
 from ..convert import unwrap
 from ..data import load_rows, pad_right
+from ..data.counts import table
 from ..errors import LongpatchError
 from .config import TrainConfig
 from .model import prepare_model
@@ -25,7 +27,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     data = config.data
     rows = load_rows(data.train, data, tokenizer, streaming=data.streaming)
     validation = None if data.validation is None else load_rows(data.validation, data, tokenizer)
-    record = adapter_record(config, model)
+    if rows.counts:
+        print(table(rows.counts))
+    record = adapter_record(config, model) | {"data": [asdict(count) for count in rows.counts]}
     trainer = Trainer(
         model=model,
         args=arguments,

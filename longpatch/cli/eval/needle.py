@@ -6,6 +6,7 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from ...endpoint import Endpoint
 from ...errors import LongpatchError
 from ...evaluation import needle
 from ...evaluation.documents import read_documents
@@ -62,7 +63,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     need(*(["ROUGE"] if "rouge" in arguments.metrics else []))
-    judge = Judge(arguments.judge, arguments.judge_model, arguments.judge_key) if arguments.judge else None
+    judge = None
+    if arguments.judge:
+        judge = Judge(Endpoint(arguments.judge, arguments.judge_model, arguments.judge_key))
     said = {"question": arguments.question, "target": arguments.target, "metrics": arguments.metrics, "judge": judge}
     if arguments.rescore:
         evaluation = Needle(Answerer(None, None, Template(), 0), [], **said)

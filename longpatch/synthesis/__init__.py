@@ -1,0 +1,1 @@
+"""Questions about long texts, made to teach a model to look far back."""

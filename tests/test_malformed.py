@@ -1,0 +1,133 @@
+"""Thirty-odd wrong inputs: one line each that says which file, which line and what; nothing is left half-written."""
+
+import json
+
+import numpy as np
+import pytest
+
+from longpatch import LongpatchError
+from longpatch.data import load_rows
+from longpatch.data.binary import sidecar, write_binary
+from longpatch.data.settings import DataSection
+from longpatch.data.tokenize import tokenize
+from longpatch.demo import load
+
+GOOD = '{"text": "a good row"}\n\n{"input": "a good", "output": "row"}\n'
+LINES = {  # what stands in line 4 of a file: what is said about it
+    '{"text": ': "is not JSON",
+    "{'text': 'x'}": "is not JSON",
+    "[" * 100_000: "is not JSON",
+    '["text"]': "is not a JSON object",
+    "null": "is not a JSON object",
+    "{}": "the fields are none",
+    '{"content": "x"}': "the fields are content",
+    '{"text": 5}': "text=5 must be a string",
+    '{"text": null}': "text=None must be a string",
+    '{"messages": []}': r"messages=\[\] must be a list",
+    '{"messages": "Hi"}': "messages='Hi' must be a list",
+    '{"messages": ["Hi"]}': r"messages\[0\]='Hi' is not \{role, content\}",
+    '{"messages": [{"role": "user"}]}': r"messages\[0\]=.* is not \{role, content\}",
+    '{"messages": [{"role": "robot", "content": "x"}]}': r"messages\[0\].role='robot' must be one of system, user",
+    '{"messages": [{"role": "user", "content": ["x"]}]}': r"messages\[0\].content=\['x'\] must be a string",
+    '{"messages": [{"role": "user", "content": "x"}]}': "messages holds no answer to learn",
+    '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}': r"\[1\].content is empty",
+    '{"conversations": {"from": "human"}}': "conversations=.* must be a list",
+    '{"conversations": [{"from": "human", "text": "x"}]}': r"conversations\[0\]=.* is not \{from, value\}",
+    '{"conversations": [{"from": 7, "value": "x"}]}': r"conversations\[0\].from=7 must be one of",
+    '{"conversations": [{"from": "human", "value": "x"}]}': "conversations holds no answer",
+    '{"input": "x", "output": 3}': "output=3 must be a string",
+    '{"input": "x", "output": ""}': "output is empty",
+    '{"input": ["x"], "output": "y"}': r"input=\['x'\] must be a string",
+    '{"instruction": "", "input": "", "output": "y"}': "input is empty",
+    '{"output": "y"}': "the fields are output",
+}
+SOURCES = {
+    "none.txt": r"no file .*none\.txt",
+    "empty": "no .txt or .jsonl file in .*empty",
+    "a.csv": r"a\.csv is neither \.txt nor \.jsonl",
+    "latin.txt": r"latin\.txt:3 is not UTF-8",
+    "latin.jsonl": r"latin\.jsonl:2 is not JSON",
+    "good.jsonl[many]": r"good\.jsonl\[many\]: \[many\] is no number of rows",
+    "good.jsonl[0]": r"\[0\] is no number of rows",
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load()[1]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.csv").write_text("1")
+    (tmp_path / "good.jsonl").write_text(GOOD)
+    (tmp_path / "latin.txt").write_bytes("one\ntwo\ncaf\xe9\nfour".encode("latin-1"))
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "one"}\n{"text": "caf\xe9"}\n')
+    return tmp_path
+
+
+def refused(folder, tokenizer, match, call, *paths, **settings):
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(LongpatchError, match=match) as raised:
+        call(*paths, **settings)
+    assert "\n" not in str(raised.value)
+    assert sorted(folder.rglob("*")) == before
+
+
+def read(folder, tokenizer, train, **settings):
+    section = DataSection(**{"train": train, "length": 64, "data_root": str(folder), "pack": False} | settings)
+    return load_rows(train, section, tokenizer)
+
+
+@pytest.mark.parametrize("line", LINES, ids=[line[:50] for line in LINES])
+def test_a_wrong_row(folder, tokenizer, line):
+    (folder / "bad.jsonl").write_text(f"{GOOD}{line}\n")
+    match = rf"bad\.jsonl:4(:| ).*{LINES[line]}"
+    cache = folder / "cache"
+    cache.mkdir()
+    refused(folder, tokenizer, match, read, folder, tokenizer, "bad.jsonl", cache=str(cache))
+    (folder / "bad.jsonl").write_text('{"text": "a good row"}\n\n\n' + line)
+    refused(folder, tokenizer, match, tokenize, tokenizer, [str(folder / "bad.jsonl")], out=folder / "out.bin")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_wrong_source(folder, tokenizer, name):
+    refused(folder, tokenizer, SOURCES[name], read, folder, tokenizer, ["good.jsonl", name])
+    out = folder / "out.bin"
+    refused(folder, tokenizer, SOURCES[name], tokenize, tokenizer, [str(folder / name)], out=out)
+
+
+def test_wrong_token_files(folder, tokenizer):
+    path = folder / "tokens.bin"
+
+    def wrong(match, **changes):
+        write_binary(path, np.arange(100), tokenizer)
+        described = json.loads(sidecar(path).read_text()) | changes
+        sidecar(path).write_text(json.dumps(described))
+        refused(folder, tokenizer, match, read, folder, tokenizer, "tokens.bin", pack=True)
+
+    wrong("tokens.bin says dtype='float16'", dtype="float16")
+    wrong("tokens.bin has 200 bytes, not 100 tokens of uint32", dtype="uint32")
+    wrong("has 200 bytes, not 99 tokens", tokens=99)
+    wrong("was made for 5 tokens, the tokenizer has 4096", vocabulary=5)
+    wrong("was made with another tokenizer", tokenizer="0123")
+    wrong("no usable description tokens.json", tokens="many")
+    write_binary(path, np.array([1, 4096]), tokenizer)
+    refused(
+        folder, tokenizer, "holds the id 4096 of a vocabulary of 4096", read, folder, tokenizer, "tokens.bin", pack=True
+    )
+    write_binary(path, np.arange(100), tokenizer)
+    refused(folder, tokenizer, "one .bin by itself", read, folder, tokenizer, "tokens.bin", pack=False)
+    refused(folder, tokenizer, "one .bin by itself", read, folder, tokenizer, ["tokens.bin", "good.jsonl"], pack=True)
+    sidecar(path).write_text("{")
+    refused(folder, tokenizer, "no usable description", read, folder, tokenizer, "tokens.bin", pack=True)
+    sidecar(path).unlink()
+    refused(folder, tokenizer, "no usable description", read, folder, tokenizer, "tokens.bin", pack=True)
+
+
+def test_wrong_settings_are_told_together():
+    section = DataSection(train={"a.txt": -1, "hub:x": 2}, length=1, template=3, workers=0, pack="yes", validation=7)
+    reasons = "; ".join(section.reasons())
+    for part in ("length=1", "workers=0", "pack='yes'", "template=3", "a.txt: weight=-1", "hub:x", "validation=7"):
+        assert part in reasons
