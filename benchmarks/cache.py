@@ -3,7 +3,8 @@
     python -m benchmarks.cache                          # the shape of SmolLM2-135M, 16,384 tokens, float32
     python -m benchmarks.cache --tokens 4096 --new 16
 
-Random weights: time does not depend on them. Both caches hold the same tokens and take turns, one token each; their
+Random weights: time does not depend on them. What is timed is CPU time of all threads, so that other programs on a
+busy machine add least; use one thread. Both caches hold the same tokens and take turns, one token each; their
 logits are compared before a time is printed. Peak memory is that of a fresh process that fills one cache in chunks of
 2,048 tokens and adds `--new` more one by one, over what it had before.
 """
@@ -20,6 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.training_memory import memory_changes
 from longpatch import PreallocatedCache
 from longpatch.results import read_records, record, write_records
 
@@ -83,17 +85,16 @@ def decode(arguments):
     for step in range(arguments.new + 1):
         logits = {}
         for kind, cache in caches.items():
-            began = time.perf_counter()
+            began = time.process_time()
             logits[kind] = model(ids[:, step : step + 1], past_key_values=cache).logits
             if step:  # the first is warm-up
-                times[kind].append(1000 * (time.perf_counter() - began))
+                times[kind].append(1000 * (time.process_time() - began))
         torch.testing.assert_close(logits["preallocated"], logits["growing"], atol=1e-4, rtol=1e-4)
     allocations = {}
     for kind, cache in caches.items():
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             model(ids[:, -1:], past_key_values=cache)
-        taken = [event.cpu_memory_usage for event in profiler.events() or () if event.name == "[memory]"]
-        allocations[kind] = sum(size >= LARGE for size in taken)
+        allocations[kind] = sum(size >= LARGE for size in memory_changes(profiler))
     return times, allocations
 
 
