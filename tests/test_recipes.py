@@ -62,7 +62,7 @@ SOURCES = {
         "model.name": "demo",
         "model.quantization": "nf4",
         "model.attention": "shifted",
-        "rope.method": "ntk",
+        "rope.theta": 80_000.0,
         "rope.target_length": 1024,
         "training.use_cpu": True,
     },
