@@ -40,7 +40,7 @@ ATTENTION = {
 
 @dataclass(frozen=True)
 class Row:
-    """One walk: `window` of the conversion (None: unconverted), `factor` of linear rope interpolation."""
+    """One walk: `window` of the conversion (None: unconverted), `factor` of rope interpolation (ntk)."""
 
     name: str
     walk: Walk
@@ -50,7 +50,7 @@ class Row:
     def model(self):
         model, tokenizer = load()
         if self.factor is not None:
-            model = interpolate_rope(model, "linear", factor=self.factor)
+            model = interpolate_rope(model, method="ntk", factor=self.factor)
         return model if self.window is None else convert_model(model, self.window, 4), tokenizer
 
 
@@ -91,7 +91,7 @@ def models() -> list[Row]:
         Row("as it is", short, window=None),
         Row("converted", short),
         Row("rope interpolated", short, window=None, factor=4.0),
-        Row("rope interpolated, context 896", replace(short, context_tokens=896), window=None, factor=4.0),
+        Row("rope interpolated, context 384", replace(short, context_tokens=384), window=None, factor=4.0),
     ]
 
 
@@ -189,11 +189,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     done = read_records(arguments.out) if arguments.out.exists() else []
+    done = [line for line in done if line["settings"]["tokens"] == arguments.tokens]
     print(f"{'':<32}{'base':>8}{'learned':>8}{'below':>8}   thirds                 cost of a token", flush=True)
     for table in arguments.tables:
         for row in TABLES[table]():
-            key = (table, row.name, arguments.tokens)
-            found = [d for d in done if tuple(d["settings"][name] for name in ("table", "row", "tokens")) == key]
+            found = [
+                line for line in done if line["settings"]["table"] == table and line["settings"]["row"] == row.name
+            ]
             if not found:
                 found = measure(table, row, arguments.text, arguments.tokens)
                 done += found

@@ -8,13 +8,14 @@ import torch
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra [eval]")
 
+from lm_eval.api.registry import model_registry  # noqa: E402
 from lm_eval.evaluator import simple_evaluate  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from longpatch import LongpatchError, convert_model  # noqa: E402
 from longpatch.cli import main  # noqa: E402
-from longpatch.evaluation.lm_eval import LongpatchLM, register, set_rope_theta  # noqa: E402
+from longpatch.evaluation.lm_eval import NAME, LongpatchLM, register, set_rope_theta  # noqa: E402
 from longpatch.models import load_model  # noqa: E402
 
 LONG = "The ship went on through the night and the men were silent. " * 8
@@ -67,13 +68,23 @@ def test_equal_to_lm_evals_own_model_on_a_converted_one(tasks, name, window):
     assert str(unconverted["local_choice"]) != str(found["local_choice"])
 
 
-def test_the_command_hands_over(tasks, tmp_path, capsys):
+def test_the_command_registers_and_hands_over(monkeypatch):
+    handed = []
+    monkeypatch.setattr(
+        "lm_eval.__main__.cli_evaluate", lambda: handed.append((list(sys.argv), NAME in model_registry))
+    )
+    before = list(sys.argv)
+    assert main(["lm-eval", "--model", "longpatch", "--tasks", "x", "--help"]) == 0
+    assert handed == [(["lm_eval", "--model", "longpatch", "--tasks", "x", "--help"], True)]
+    assert sys.argv == before
+
+
+@pytest.mark.slow
+def test_the_command_runs(tasks, tmp_path, capsys):
     arguments = ["--model", "longpatch", "--model_args", "pretrained=demo,local_branch=64,global_branch=4"]
     arguments += ["--tasks", "local_choice", "--include_path", str(tmp_path), "--device", "cpu"]
-    before = list(sys.argv)
     assert main(["lm-eval", *arguments]) == 0
     assert "local_choice" in capsys.readouterr().out
-    assert sys.argv == before
 
 
 def test_nothing_is_cut_in_silence(caplog):

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from longpatch import LongpatchError, convert_model
+from longpatch.cli import main
 from longpatch.evaluation.arms import Arm, check_arms, converted_arm, parse_arms
 from longpatch.evaluation.run import Measurement, Run, Sample
 from longpatch.results import read_records
-from tests.processes import run_processes, run_python
+from tests.processes import run_processes
 from tests.tiny import tiny_llama
 
 ARMS = [Arm("original"), Arm("16/2", {"local_branch": 16, "global_branch": 2})]
@@ -21,7 +22,8 @@ def test_arms_are_read_from_one_line():
     )
     assert [arm.kind for arm in arms] == ["original", "lambda", "lambda", "fresh", "truncate", "constant", "original"]
     assert arms[1].conversion == {
-        "implementation": "x", "local_branch": 1024, "global_branch": 10, "limit_distance": None
+        "implementation": "x", "local_branch": 1024, "global_branch": 10, "limit_distance": None,
+        "recall": False,
     }  # fmt: skip
     assert arms[2].conversion["limit_distance"] == 512
     assert (arms[3].window, arms[4].keep, arms[5].answer) == (64, 2048, "a, b")
@@ -110,11 +112,11 @@ def test_two_processes_give_the_records_of_one(tmp_path):
             f"A text about {name}, and some more of it. " * 12, encoding="utf-8"
         )
     shared = [
-        "-m", "longpatch.cli", "eval", "perplexity", "demo", str(tmp_path / "texts"), "--local-branch", "32",
+        "eval", "perplexity", "demo", str(tmp_path / "texts"), "--local-branch", "32",
         "--baseline", "original", "--bucket", "40",
     ]  # fmt: skip
-    run_python([*shared, "--out", tmp_path / "one.jsonl"])
-    run_processes([*shared, "--out", tmp_path / "two.jsonl"], tmp_path / "logs")
+    assert main([*shared, "--out", str(tmp_path / "one.jsonl")]) == 0
+    run_processes(["-m", "longpatch.cli", *shared, "--out", tmp_path / "two.jsonl"], tmp_path / "logs")
     one, two = (read_records(tmp_path / name) for name in ("one.jsonl", "two.jsonl"))
     assert len(one) > 12
     assert [json.dumps(r) for r in one] == [json.dumps(r) for r in two]

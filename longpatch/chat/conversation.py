@@ -73,8 +73,7 @@ class Conversation:
         self._cache: Any = None
         self._learned = 0
         if self.learner is not None:
-            self.learner.stop()
-            self.learner = Learner(self.learner.model, self.learner.options)
+            self.learner.reset()
 
     def say(self, text: str, streamer: TextStreamer | None = None, stop: threading.Event | None = None) -> Reply:
         """Put `text` to the model and return its answer.

@@ -12,7 +12,7 @@ examples:
   longpatch train examples/recipes/cpu-demo.yaml --set data.train=BOOKS_FOLDER
   longpatch train examples/recipes/cpu-demo.yaml --resume
   longpatch train --estimate examples/recipes/llama3-80k.yaml
-  accelerate launch --num_processes 2 -m longpatch.cli train CONFIG.yaml
+  accelerate launch --multi_gpu --num_processes 2 -m longpatch.cli train CONFIG.yaml
 """
 
 
@@ -32,6 +32,9 @@ def run(arguments: Namespace) -> None:
 
         print(table(config))
         return
+    from accelerate import PartialState
+
     from ..finetune.run import train
 
-    print(f"adapter: {train(config, arguments.resume)}")
+    output = train(config, arguments.resume)
+    PartialState().print(f"adapter: {output}")  # once, however many processes there are

@@ -33,12 +33,13 @@ class Estimate:
     length: int
     weights: float
     learned: float  # weights that learn, their gradients, the optimiser's state
-    activations: float  # kept for the backward pass, and one layer's gradients
-    loss: float
+    activations: float  # kept for the backward pass
+    layer: float  # one layer's gradients, and where it is computed anew its activations
+    loss: float  # logits of a chunk and their gradients; they are gone before the first layer's backward pass
 
     @property
     def total(self) -> float:
-        return self.weights + self.learned + self.activations + self.loss
+        return self.weights + self.learned + self.activations + max(self.layer, self.loss)
 
 
 def estimate(config: TrainConfig, lengths: list[int] | None = None) -> list[Estimate]:
@@ -62,7 +63,8 @@ def estimate(config: TrainConfig, lengths: list[int] | None = None) -> list[Esti
             length,
             weights,
             learned_numbers * (8 + state),
-            batch * length * (kept + layer),
+            batch * length * kept,
+            batch * length * layer,
             # Logits of a chunk, in the dtype of computation and in float32, and as many gradients of either.
             min(config.model.loss_chunk, batch * length) * vocabulary * 2 * (4 + compute),
         )
@@ -72,10 +74,10 @@ def estimate(config: TrainConfig, lengths: list[int] | None = None) -> list[Esti
 
 def table(config: TrainConfig) -> str:
     """The estimates as text, in GiB."""
-    columns = ("length", "weights", "learned", "activations", "loss", "total")
+    columns = ("length", "weights", "learned", "activations", "layer", "loss", "total")
     lines = ["".join(f"{column:>13}" for column in columns) + "   GiB, one device"]
     for row in estimate(config):
-        sizes = (row.weights, row.learned, row.activations, row.loss, row.total)
+        sizes = (row.weights, row.learned, row.activations, row.layer, row.loss, row.total)
         lines.append(f"{row.length:>13,}" + "".join(f"{size / 2**30:>13.3f}" for size in sizes))
     return "\n".join(lines)
 
@@ -120,6 +122,9 @@ def _probe(shape: Any, config: TrainConfig, compute: int) -> tuple[int, float, f
         peft_model = get_peft_model(model, lora_config(model, config.lora)).to("meta")
         AttentionInterface.register(NAME, _attend)
         model.set_attn_implementation(NAME)
+        for module in model.modules():
+            if "layer_idx" in vars(module):
+                module.keeps_repeated = config.model.attention == "shifted"
         chunk_loss(peft_model, config.model.loss_chunk)
         kept = [_kept(peft_model.train(), length) for length in PROBES]
         slope = (kept[1] - kept[0]) / (PROBES[1] - PROBES[0]) * compute / 4
@@ -129,7 +134,7 @@ def _probe(shape: Any, config: TrainConfig, compute: int) -> tuple[int, float, f
     layer, learned = second - first, first_learned + (total - 1) * (second_learned - first_learned)
     hidden = text.hidden_size * compute
     if config.training.get("gradient_checkpointing"):
-        return learned, total * hidden + (first - layer), 2 * layer
+        return learned, total * hidden + (first - layer), 1.5 * layer
     return learned, first + (total - 1) * layer, layer / 2
 
 
@@ -154,7 +159,7 @@ def _kept(model: nn.Module, length: int) -> int:
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what flash attention keeps: queries, keys, values, output."""
+    """Keeps what flash attention keeps: queries, keys, values, output; of shifted attention, cut into groups."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -164,4 +169,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any):
+    if module.keeps_repeated:
+        repeats = query.shape[1] // key.shape[1]
+        query, key, value = query.clone(), key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None

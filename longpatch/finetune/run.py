@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..adapter import write_record
+from ..adapter import RECORD, write_record
 from ..convert import unwrap
 from ..data import load_rows, pad_right
 from ..data.counts import table
@@ -39,7 +38,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         data_collator=pad_right,
         callbacks=[RecordWriter(record)],
     )
-    last = get_last_checkpoint(config.output) if resume and Path(config.output).is_dir() else None
+    last = last_checkpoint(config.output) if resume else None
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model(config.output)
     trainer.save_state()
@@ -49,15 +48,22 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     return Path(config.output)
 
 
+def last_checkpoint(output: str) -> str | None:
+    """The newest complete checkpoint: `longpatch.json` is what is written last, so a killed run's half one has none."""
+    folders = [path.parent for path in Path(output).glob(f"checkpoint-*/{RECORD}")]
+    return str(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))) if folders else None
+
+
 def training_arguments(config: TrainConfig) -> TrainingArguments:
     """The `training` section as transformers reads it, with defaults that a long row needs."""
     defaults = {
         "report_to": "none",
         "prediction_loss_only": True,
         "label_names": ["labels"],
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "dataloader_pin_memory": False,
     }
+    if config.training.get("gradient_checkpointing"):
+        defaults["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     try:
         return TrainingArguments(output_dir=config.output, remove_unused_columns=False, **(defaults | config.training))
     except (TypeError, ValueError, ImportError) as error:

@@ -48,7 +48,8 @@ def shifted_attention(
         return causal(*cut).unflatten(0, states[0].shape[:2]).flatten(2, 3)[:, :, :tokens]
 
     first, second = zip(*((states[:, :plain], states[:, plain:]) for states in (query, key, value)), strict=True)
-    early = causal(*(states[:, :, :shift] for states in second))
+    # A copy, since a view kept for the backward pass would keep all tokens with it.
+    early = causal(*(states[:, :, :shift].contiguous() for states in second))
     late = grouped(*(states[:, :, shift:] for states in second))
     return torch.cat((grouped(*first), torch.cat((early, late), dim=2)), dim=1)
 

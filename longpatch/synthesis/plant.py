@@ -102,9 +102,10 @@ def _size(encoder: Encoder, messages: list[dict[str, str]]) -> int:
 
 
 def _sentences(texts: Sequence[str], encoder: Encoder, room: int, random: Random) -> list[tuple[str, int]]:
-    """Sentences from somewhere in `texts`, up to `room` tokens, each with its size; the last one may be cut."""
-    for _ in range(64):
-        text = random.choice(texts)
+    """Sentences from somewhere in `texts`, up to `room` tokens, each with its size."""
+    long_enough = [text for text in texts if len(text) > room]
+    for _ in range(16 if long_enough else 0):
+        text = random.choice(long_enough)
         start = random.randrange(max(1, len(text) - CHARACTERS * room))
         units, size = [], 0
         for sentence in SENTENCE.split(text[start : start + CHARACTERS * room])[1:]:

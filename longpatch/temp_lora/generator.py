@@ -116,6 +116,8 @@ class TempLoraGenerator:
             reasons.append("input_ids must be token ids [rows, n], n > 0")
         if reasons:
             raise LongpatchError("TempLoraGenerator.generate", reasons, SUPPORTED)
+        if kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = True  # some configs say no by default
         objects = [name for name in OBJECTS if kwargs.get(name) is not None]
         with temp_lora(self.model, self.learn_options) as learner:
             run = Run(learner, self.options, self.checkpoint_dir, objects)

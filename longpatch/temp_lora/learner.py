@@ -64,6 +64,13 @@ class Learner:
         if self.adapter is not None:
             self.adapter.detach()
 
+    def reset(self) -> None:
+        """Forget what was learned."""
+        self.stop()
+        self.adapter, self.steps = None, 0
+        self._optimizers.clear()
+        self._row_weights.clear()
+
     def learn(
         self,
         context_ids: Tensor | None,
@@ -194,11 +201,12 @@ class Learner:
             return tensors, {"rows": None, "steps": self.steps}
         for device, weights in enumerate(self.adapter.weights):
             tensors[f"weights.{device}"] = weights
-        for row, optimizer in enumerate(self._optimizers):
-            for index, values in optimizer.state_dict()["state"].items():
-                for name, value in values.items():
-                    tensors[f"optimizer.{row}.{index}.{name}"] = torch.as_tensor(value)
-        return tensors, {"rows": self.adapter.rows, "steps": self.steps}
+        numbers: dict[str, int | float] = {}
+        for row, index, held in self._optimizer_states():
+            for name, value in held.items():
+                kept = tensors if isinstance(value, Tensor) else numbers
+                kept[f"optimizer.{row}.{index}.{name}"] = value
+        return tensors, {"rows": self.adapter.rows, "steps": self.steps, "numbers": numbers}
 
     def load_state(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
         self.steps = data["steps"]
@@ -207,14 +215,18 @@ class Learner:
         adapter = self.start(data["rows"])
         for device, weights in enumerate(adapter.weights):
             weights.copy_(tensors[f"weights.{device}"])
+        kept: dict[str, Any] = {**tensors, **data["numbers"]}
+        for row, index, held in self._optimizer_states():
+            prefix, weights = f"optimizer.{row}.{index}.", self._row_weights[row][index]
+            for key, value in kept.items():
+                if key.startswith(prefix):
+                    held[key.removeprefix(prefix)] = value.to(weights.device) if isinstance(value, Tensor) else value
+
+    def _optimizer_states(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """What the optimiser holds for each row's weights on each device: row, index of the device, numbers by name."""
         for row, optimizer in enumerate(self._optimizers):
-            state: dict[int, dict[str, Tensor]] = {}
-            for key, value in tensors.items():
-                kind, _, rest = key.partition(".")
-                if kind == "optimizer" and rest.startswith(f"{row}."):
-                    _, index, name = rest.split(".", 2)
-                    state.setdefault(int(index), {})[name] = value
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+            for index, weights in enumerate(self._row_weights[row]):
+                yield row, index, optimizer.state[weights]
 
 
 @contextmanager

@@ -1,0 +1,208 @@
+"""What else a model may be, what ends a run, and the command line."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from longpatch import LongpatchError, TempLoraGenerator, convert_model, temp_lora
+from longpatch.cli import main
+from longpatch.results import read_records
+from longpatch.temp_lora import Learner
+from tests.families import tiny_model
+from tests.test_temp_lora import SETTINGS, Stop, assert_same, snapshot
+from tests.test_temp_lora_generator import GREEDY, LEARN, KillAt, Killed, StopAt, model_with_end, padded
+from tests.tiny import random_ids, tiny_llama
+
+FAMILIES = ["cohere", "falcon", "gemma3_text", "gpt_neox", "gptj", "mixtral", "mpt", "phi3"]
+
+
+def at_rate_zero_and_learning(model, expected, rows=2, **extra):
+    """Plain generate's tokens where nothing is learned; a chunk is likelier after it was learned."""
+    ids, mask = padded(rows)
+    settings = {"chunk_tokens": 8, "context_tokens": 64} | LEARN | extra
+    still = TempLoraGenerator(model, **settings | {"learning_rate": 0.0})
+    assert torch.equal(still.generate(ids, attention_mask=mask, **GREEDY | {"max_new_tokens": 20}), expected(ids, mask))
+    learning = TempLoraGenerator(model, **settings | {"learning_rate": 1e-3})
+    learning.generate(ids, attention_mask=mask, **GREEDY | {"max_new_tokens": 20})
+    assert learning.history
+    assert all(entry["perplexity_after"] < entry["perplexity_before"] for entry in learning.history)
+
+
+def plain(model):
+    return lambda ids, mask: model.generate(ids, attention_mask=mask, use_cache=True, **GREEDY | {"max_new_tokens": 20})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("converted", [False, True])
+def test_families(name, converted):
+    model = tiny_model(name, dtype=torch.float32)
+    if converted:
+        convert_model(model, 16, 4)
+    at_rate_zero_and_learning(model, plain(model))
+
+
+def test_a_model_with_adapters_of_its_own_writes_with_both():
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    before = snapshot(model)
+    at_rate_zero_and_learning(model, plain(model))
+    assert_same(before, snapshot(model))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    # quantised layers work on blocks of 64
+    tiny_llama(hidden_size=64, intermediate_size=128, num_attention_heads=4).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_model_in_4_bits(folder):
+    pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    at_rate_zero_and_learning(model, plain(model), rows=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_optimiser_in_8_bits_learns():
+    pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    model, ids = tiny_llama(), random_ids(1, 60)
+    with temp_lora(model, optimizer_8bit=True, epochs=8, **SETTINGS) as learner:
+        learned = learner.learn(ids[:, :20], ids[:, 20:])
+        (optimizer,) = learner._optimizers
+        assert all(state["state1"].dtype == torch.uint8 for state in optimizer.state.values())
+    assert learned.losses[-1] < 0.95 * learned.losses[0]
+
+
+def test_a_run_with_an_optimiser_in_8_bits_resumes(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    ids = random_ids(2, 12)
+    settings = {"chunk_tokens": 7, "context_tokens": 20, "optimizer_8bit": True} | LEARN | {"learning_rate": 1e-3}
+    expected = TempLoraGenerator(model_with_end(), **settings).generate(ids, **GREEDY)
+    with pytest.raises(Killed):
+        TempLoraGenerator(model_with_end(), checkpoint_dir=tmp_path, **settings).generate(
+            ids, stopping_criteria=[KillAt(35)], **GREEDY
+        )
+    again = TempLoraGenerator.resume(tmp_path, model_with_end(), stopping_criteria=[StopAt(10**9)])
+    assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, torch.OutOfMemoryError, Stop])
+@pytest.mark.parametrize("where", ["learn", "score"])
+def test_a_run_that_breaks_leaves_nothing_behind(error, where, monkeypatch):
+    model = model_with_end(converted=True).train()
+    before = snapshot(model)
+    calls = []
+
+    def breaking(self, *args, **kwargs):
+        calls.append(where)
+        if len(calls) == 2:
+            raise error("now")
+        return original(self, *args, **kwargs)
+
+    original = getattr(Learner, where)
+    monkeypatch.setattr(Learner, where, breaking)
+    generator = TempLoraGenerator(model, chunk_tokens=7, context_tokens=20, **LEARN | {"dropout": 0.1})
+    with pytest.raises(error):
+        generator.generate(random_ids(1, 9), **GREEDY)
+    assert_same(before, snapshot(model))
+    assert len(generator.history) == 1  # what was learned before is still there to be looked at
+
+
+def test_the_bar_tells_of_losses(capsys):
+    generator = TempLoraGenerator(model_with_end(), chunk_tokens=7, context_tokens=20, **LEARN | {"progress": True})
+    generator.generate(random_ids(1, 9), **GREEDY)
+    shown = capsys.readouterr().err
+    assert "loss=" in shown
+    assert "ppl=" in shown
+    assert "after=" in shown
+    assert "tok/s" in shown
+
+
+def test_what_is_kept_does_not_grow():
+    """Of a converted model: the same bytes live after 20 chunks as after 5, but for the text itself."""
+    held = []
+    model = model_with_end(converted=True)
+    for chunks in (5, 20):
+        generator = TempLoraGenerator(model, chunk_tokens=8, context_tokens=16, **LEARN)
+        output = generator.generate(
+            random_ids(1, 9), do_sample=False, max_new_tokens=8 * chunks, return_dict_in_generate=True
+        )
+        cache = output.past_key_values
+        held.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
+        assert len(generator.history) == chunks - 1
+    assert held[0] == held[1]
+
+
+SMALL = [
+    "--local-branch",
+    "64",
+    "--global-branch",
+    "4",
+    "--chunk-tokens",
+    "64",
+    "--context-tokens",
+    "64",
+    "--rank",
+    "8",
+    "--dropout",
+    "0",
+    "--learning-rate",
+    "2e-3",
+]
+
+
+def walk(books, *more):
+    return main(["eval", "temp-lora", "demo", *map(str, books), *SMALL, *map(str, more)])
+
+
+def test_the_command_walks_writes_and_goes_on(tmp_path, capsys):
+    books = []
+    for number in range(2):
+        books.append(tmp_path / f"book{number}.txt")
+        books[-1].write_text("The king of France went up the hill with forty thousand men. " * 40, encoding="utf-8")
+    out, plot = tmp_path / "out.jsonl", tmp_path / "plot.png"
+    options = ("--tokens", 320, "--inference-context-tokens", 32, 64, "--bucket-tokens", 100, "--bucket-start", 100)
+    options += ("--length-buckets", 200, "--resume", tmp_path / "walk", "--out", out, "--plot", plot)
+    assert walk(books, *options) == 0
+    shown = capsys.readouterr().out
+    assert "perplexity below the base, context 32" in shown
+    assert "chunk means" in shown
+    assert plot.stat().st_size > 1000
+    records = read_records(out)
+    assert {r["metric"] for r in records} == {"perplexity", "mean_chunk_perplexity", "time"}
+    whole = {
+        r["settings"]["arm"]: r["value"]
+        for r in records
+        if r["metric"] == "perplexity"
+        and (r["settings"]["text"], r["settings"]["by"]) == ("2 texts", "document length")
+    }
+    assert set(whole) == {"base", "32", "64"}
+    assert max(whole["32"], whole["64"]) < 0.9 * whole["base"]
+    starts = {r["settings"]["start"] for r in records if r["settings"].get("by") == "tokens read"}
+    assert starts == {100, 200, 300}
+    assert walk(books, *options) == 0  # all of it is there
+    assert [r["value"] for r in read_records(out)] == [r["value"] for r in records]
+    assert walk(books, *options, "--rank", 4) == 2
+    assert "another walk" in capsys.readouterr().err
+
+
+def test_records_hold_every_setting(tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("To be or not to be, that is the question. " * 20, encoding="utf-8")
+    out = tmp_path / "out.jsonl"
+    assert walk([book], "--tokens", 130, "--fresh-base", "--no-context-grad", "--out", out) == 0
+    settings = read_records(out)[0]["settings"]
+    assert json.dumps(settings)
+    assert settings["fresh_base"] is True
+    assert settings["learn"]["context_grad"] is False
+    assert (settings["learn"]["rank"], settings["learn"]["alpha"]) == (8, 8)
+
+
+def test_an_encoder_or_something_else_is_refused():
+    for model in (torch.nn.Linear(2, 2), None):
+        with pytest.raises(LongpatchError, match="not a model of transformers"):
+            TempLoraGenerator(model)

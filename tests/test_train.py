@@ -1,0 +1,138 @@
+"""A training run from a YAML file: it learns, stops, goes on, and leaves an adapter that needs nothing else said."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from longpatch import LongpatchError
+from longpatch.adapter import load_adapter
+from longpatch.demo import load
+from longpatch.finetune import read_config, train
+from longpatch.models import load_model
+from tests.processes import environment
+from tests.tiny import tiny_llama
+
+WORDS = "It was a dark and stormy night, and the rain fell in torrents on the roofs of the town. "
+
+
+def write_base(folder):
+    """A tiny Llama with the demo's tokenizer, and a book to read."""
+    tiny_llama(vocab_size=4096, initializer_range=0.05).save_pretrained(folder / "base")
+    load()[1].save_pretrained(folder / "base")
+    (folder / "book.txt").write_text("".join(f"{i} {WORDS}" for i in range(120)))
+
+
+def write_config(folder, output="run", steps=6, batch=2, **sections):
+    config = {
+        "model": {"name": str(folder / "base"), "attention": "shifted", "loss_chunk": 48},
+        "rope": {"method": "linear", "target_length": 128},
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.1, "norms": True},
+        "data": {"train": str(folder / "book.txt"), "length": 96, "bos": True},
+        "training": {
+            "max_steps": steps,
+            "per_device_train_batch_size": batch,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        },
+        "output": str(folder / output),
+    }
+    for section, values in sections.items():
+        config[section] = config[section] | values
+    path = folder / f"{output}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def losses(output):
+    history = json.loads((Path(output) / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def longpatch_train(config, *arguments, launcher=("-m", "longpatch.cli")):
+    """The command in a process of its own."""
+    command = [sys.executable, *launcher, "train", str(config), *arguments]
+    one_thread = environment(OMP_NUM_THREADS="1")
+    return subprocess.Popen(command, env=one_thread, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The base model, the book, and one undisturbed run of six steps."""
+    folder = tmp_path_factory.mktemp("training")
+    write_base(folder)
+    train(read_config(write_config(folder)))
+    return folder
+
+
+def test_it_learns_and_the_adapter_says_what_it_needs(folder):
+    curve = losses(folder / "run")
+    assert len(curve) == 6
+    assert curve[-1] < curve[0] - 0.3
+    base, _ = load_model(str(folder / "base"))
+    model, tokenizer = load_model(str(folder / "run"))
+    config = model.get_base_model().config
+    assert config.rope_parameters["rope_type"] == "linear"
+    assert config.max_position_embeddings == 128
+    ids = torch.tensor([tokenizer.encode(WORDS * 4)[:96]])
+    with torch.no_grad():
+        trained, plain = (each(input_ids=ids, labels=ids).loss for each in (model, base))
+    assert trained < plain - 0.3
+    norms = {name for name, p in model.named_parameters() if "norm" in name and "modules_to_save" in name}
+    assert len(norms) == 5
+
+
+def test_a_lost_norm_is_not_forgotten_silently(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for name in ("adapter_config.json", "longpatch.json"):
+        (tmp_path / name).write_text((folder / "run" / name).read_text())
+    weights = load_file(folder / "run" / "adapter_model.safetensors")
+    weights.pop(next(name for name in weights if "layers.1.input_layernorm" in name))
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    base, _ = load_model(str(folder / "base"))
+    with pytest.raises(LongpatchError, match=r"lacks the trained model.layers.1.input_layernorm"):
+        load_adapter(base, tmp_path)
+    assert base.config.rope_parameters["rope_type"] == "default"
+
+
+def test_a_killed_run_goes_on_with_the_same_losses(folder):
+    config = write_config(folder, "killed", steps=6)
+    process = longpatch_train(config)
+    while not (folder / "killed" / "checkpoint-4" / "longpatch.json").exists():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "killed" / "adapter_model.safetensors").exists()
+    # A checkpoint that the kill cut short is none.
+    (folder / "killed" / "checkpoint-5").mkdir(exist_ok=True)
+    finished(longpatch_train(config, "--resume"))
+    assert losses(folder / "killed") == losses(folder / "run")
+
+
+def test_two_processes_have_the_losses_of_one(folder):
+    two = write_config(folder, "two", batch=1, lora={"dropout": 0.0})
+    one = write_config(folder, "one", batch=2, lora={"dropout": 0.0})
+    # accelerate starts several processes only with --multi_gpu; that they compute on the CPU is in the configuration.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "longpatch.cli"]
+    process = longpatch_train(two, launcher=launch)
+    train(read_config(one))
+    finished(process)
+    torch.testing.assert_close(losses(folder / "two"), losses(folder / "one"), atol=1e-5, rtol=0)
