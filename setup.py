@@ -8,6 +8,7 @@ EXTRAS = {
     "eval": ["openai>=2", "lm-eval>=0.4.13", "sacrebleu>=2.5", "rouge-score>=0.1.2"],
     "gguf": ["gguf>=0.10"],
     "qlora": ["bitsandbytes>=0.46"],
+    "gptq": ["optimum>=1.24", "gptqmodel>=1.4.3"],
     "datasets": ["datasets>=3"],
     "triton": ["triton>=3.6"],
     "flash-attn": ["flash-attn>=2.7"],

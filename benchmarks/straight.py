@@ -1,6 +1,6 @@
 """What learning costs while a model writes: `TempLoraGenerator`, a straight loop with peft, and plain generation.
 
-    python -m benchmarks.straight smollm2 BOOK.txt --out FILE
+    python -m benchmarks.straight smollm2 BOOK.txt --no-context-grad --out FILE
     python -m benchmarks.straight demo BOOK.txt --chunk-tokens 128 --context-tokens 128 --rank 16
 
 All three write the same text, which a logits processor dictates, after a prompt of `context` tokens of it; both
@@ -82,8 +82,8 @@ def straight_loop(model, text: Tensor, chunk: int, context: int, rank: int, rate
     return losses, spent
 
 
-def generator_run(model, text: Tensor, chunk: int, context: int, rank: int, rate: float, epochs: int):
-    """The same by `TempLoraGenerator`."""
+def generator_run(model, text: Tensor, chunk: int, context: int, rank: int, rate: float, epochs: int, grad: bool):
+    """The same by `TempLoraGenerator`; `grad`: gradients flow into the context."""
     generator = TempLoraGenerator(
         model,
         chunk_tokens=chunk,
@@ -93,6 +93,7 @@ def generator_run(model, text: Tensor, chunk: int, context: int, rank: int, rate
         dropout=0.0,
         learning_rate=rate,
         epochs=epochs,
+        context_grad=grad,
         measure=False,
         progress=False,
     )
@@ -121,7 +122,7 @@ def plain_run(model, text: Tensor, context: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=("demo", "smollm2"))
+    parser.add_argument("model", help="demo, smollm2, a folder or a hub name")
     parser.add_argument("text", type=Path)
     parser.add_argument("--chunk-tokens", type=int, default=256)
     parser.add_argument("--context-tokens", type=int, default=768)
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--rate", type=float, default=5e-5)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--no-context-grad", action="store_true", help="the generator detaches the context")
     parser.add_argument("--plain", action="store_true", help="time generation without learning as well")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -137,7 +139,7 @@ def main() -> None:
     count = context + chunk * arguments.chunks
     text = torch.tensor(tokenizer.encode(arguments.text.read_text(encoding="utf-8")[: 20 * count]))[:count]
     learning = (chunk, context, arguments.rank, arguments.rate, arguments.epochs)
-    ours, used, wall = generator_run(model, text, *learning)
+    ours, used, wall = generator_run(model, text, *learning, not arguments.no_context_grad)
     print(f"generator {used:.1f} s", wall, flush=True)
     theirs, spent = straight_loop(model, text, *learning)
     print("straight loop", spent, flush=True)
@@ -148,7 +150,7 @@ def main() -> None:
         times["plain"] = plain_run(model, text, context)
     settings = {
         name: getattr(arguments, name)
-        for name in ("chunk_tokens", "context_tokens", "chunks", "rank", "rate", "epochs")
+        for name in ("chunk_tokens", "context_tokens", "chunks", "rank", "rate", "epochs", "no_context_grad")
     }
     lines = [
         *(("perplexity", value, "1", name) for name, value in perplexities.items()),

@@ -1,19 +1,18 @@
 """Peak memory of one training step on the CPU beside what `longpatch train --estimate` says.
 
-    python -m benchmarks.training_memory examples/recipes/cpu-demo.yaml --lengths 1024 4096
-    python -m benchmarks.training_memory examples/recipes/smollm2-32k.yaml --lengths 256 1024 --cpu
+    python -m benchmarks.training_memory examples/recipes/cpu-demo.yaml --lengths 1024 2048 4096
+    python -m benchmarks.training_memory examples/recipes/smollm2-32k.yaml --lengths 256 512 --cpu
 
-Each length is measured in a fresh process: the bytes of weights, gradients and optimiser state, and what forward and
-backward of random tokens raised the resident memory by at most. `--set` changes the recipe.
+Measured are bytes that tensors hold: weights, what learns and its optimiser's state, and on top of that the most that
+forward and backward of random tokens had allocated at one time, by PyTorch's profiler. What the process takes from the
+system is more, on a CPU up to twice that, since freed memory is not at once of use again.
 """
 
 import argparse
-import gc
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from longpatch.finetune import read_config
 from longpatch.finetune.estimate import estimate
@@ -24,36 +23,38 @@ COMMAND = "benchmarks.training_memory"
 ON_CPU = ["training.bf16=false", "training.fp16=false", "training.optim=adamw_torch", "model.dtype=float32"]
 
 
-def resident(name):
-    """VmRSS or VmHWM of this process, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{name}:"))
-
-
-def measure(config, length):
-    """Bytes at the peak of one step on rows of `length` tokens."""
+def learner(config):
+    """(model, optimiser, tokens in its vocabulary), as the Trainer would have them."""
     model, tokenizer = prepare_model(config)
     if config.training.get("gradient_checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learned)
-    batch = config.training.get("per_device_train_batch_size", 8)
+    return model.train(), torch.optim.AdamW(learned), len(tokenizer)
 
-    def step(count):
-        ids = torch.randint(0, len(tokenizer), (batch, count))
-        model.train()(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
 
-    step(8)  # everything is imported, and the optimiser's state is there
-    gc.collect()
+def measure(model, optimizer, vocabulary, batch, length):
+    """Bytes at the peak of one step on `batch` rows of `length` tokens."""
+
+    def backward(count):
+        ids = torch.randint(0, vocabulary, (batch, count))
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    backward(8)
+    optimizer.step()  # its state is there now
     state = [tensor for held in optimizer.state.values() for tensor in held.values()]
-    kept = [*model.parameters(), *model.buffers(), *(p.grad for p in learned), *state]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
-    before = resident("VmRSS")
-    step(length)
-    return sum(storages.values()) + resident("VmHWM") - before
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    kept = [tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers(), *gradients, *state]]
+    fixed = sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        backward(length)
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    held = peak = 0
+    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        held += change
+        peak = max(peak, held)
+    return fixed + peak
 
 
 def main():
@@ -63,26 +64,20 @@ def main():
     parser.add_argument("--cpu", action="store_true", help="in float32, with PyTorch's AdamW")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE")
     parser.add_argument("--out", type=Path, metavar="JSONL")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     changes = [*(ON_CPU if arguments.cpu else []), *arguments.set]
     config = read_config(arguments.config, changes)
-    if arguments.measure:
-        print(measure(config, arguments.lengths[0]))
-        return
+    model, optimizer, vocabulary = learner(config)
+    batch = config.training.get("per_device_train_batch_size", 8)
     records = []
     for row in estimate(config, arguments.lengths):
-        command = [sys.executable, "-m", "benchmarks.training_memory", str(arguments.config), "--measure"]
-        command += ["--lengths", str(row.length), *(f"--set={change}" for change in changes)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        measured = int(done.stdout.split()[-1])
+        measured = measure(model, optimizer, vocabulary, batch, row.length)
         print(
             f"{row.length:>8} tokens: estimated {row.total / 2**20:>9.1f} MiB, measured {measured / 2**20:>9.1f} MiB, "
-            f"ratio {row.total / measured:.2f}",
+            f"ratio {row.total / measured:.3f}",
             flush=True,
         )
-        settings = {"length": row.length, "recipe": arguments.config.stem, "changes": changes}
+        settings = {"length": row.length, "batch": batch, "recipe": arguments.config.stem, "changes": changes}
         for metric, value in (("peak_memory", measured), ("estimated_peak_memory", row.total)):
             records.append(record(COMMAND, config.model.name, metric, value, "B", 1, **settings))
     if arguments.out:

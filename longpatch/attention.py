@@ -42,9 +42,7 @@ def attend(
             f"{type(module).__name__}.forward", ["called outside the forward of its converted model"], "model(...)"
         )
     if dropout:
-        raise LongpatchError(
-            "forward", [f"attention dropout of {dropout}"], "config.attention_dropout = 0 while training"
-        )
+        raise LongpatchError("forward", [f"attention dropout of {dropout}"], "a model loaded with attention_dropout=0")
     step, cache = shared
     if step.decodes is not None and cache is not None:
         decode = step.decodes[cache.layers[module.layer_idx].kind]
@@ -54,7 +52,7 @@ def attend(
     config = settings.config
     oldest = step.past + step.count - key.shape[2]
     far = {}
-    if config.global_branch and step.far_phase is not None:
+    if config.global_branch and step.far_phase is not None and step.sink_columns is not None:
         if layer is None:
             key_far, value_far, _ = step.sinks(key, value, oldest, settings.rotated)
         else:

@@ -13,7 +13,7 @@ from .errors import LongpatchError
 from .layers import LayerSettings, layer_settings
 from .padding import Padding
 from .recall.memory import Memory
-from .rope import ExactRotary, rotate
+from .rope import ExactRotary, quarter_turn, rotate
 from .step import Step
 
 
@@ -55,15 +55,15 @@ class LambdaLayer(CacheLayerMixin):
         for states, fixed in ((key_states, 3 * sinks), (value_states, sinks)):
             shape = (*states.shape[:2], fixed + ring, states.shape[3])
             buffers.append(states.new_zeros(shape) if self.is_compileable else states.new_empty(shape))
-            buffers[-1][:, :, :fixed] = 0
+            buffers[-1].narrow(2, 0, fixed).zero_()
         return buffers
 
-    def _make_room(self, past: int, count: int) -> None:
-        """Double the ring until `count` more tokens fit, or it has its full size."""
-        room = self._ring(self.keys).shape[2]
-        if room == self.ring_size or past + count <= room:
+    def _make_room(self, tokens: int) -> None:
+        """Double the ring until `tokens` fit, or it has its full size."""
+        room = self.keys.shape[2] - 3 * self.config.global_branch
+        if tokens <= room or room == self.ring_size:
             return
-        grown = self._buffers(self.keys, self.values, max(2 * room, past + count))
+        grown = self._buffers(self.keys, self.values, max(2 * room, tokens))
         for old, new in zip((self.keys, self.values), grown, strict=True):
             new[:, :, : old.shape[2]] = old
         self.keys, self.values = grown
@@ -95,7 +95,7 @@ class LambdaLayer(CacheLayerMixin):
         in_ring = past > 0 and count <= self.config.slack + 1 and not differentiable
         window = None if in_ring or not past else self._window(past)
         self._keep_sinks(keys, values, step)
-        self._make_room(int(past), count)
+        self._make_room(int(past) + count)
         self._write(keys, values, past)
         if not in_ring:
             self.ring_start = 0
@@ -115,7 +115,7 @@ class LambdaLayer(CacheLayerMixin):
             self._ring(self.keys).index_copy_(2, decode.place[None], key)
             self._ring(self.values).index_copy_(2, decode.place[None], value)
         else:
-            self._make_room(int(step.past), 1)
+            self._make_room(decode.held)
             self.keys.narrow(2, 3 * sinks + decode.place, 1).copy_(key)
             self.values.narrow(2, sinks + decode.place, 1).copy_(value)
         if not decode.sinks:
@@ -151,8 +151,8 @@ class LambdaLayer(CacheLayerMixin):
             present = present[:, None, :, None]
             sink_keys = torch.where(present, sink_keys, self.sink_keys)
             sink_values = torch.where(present, sink_values, self.sink_values)
-        variants = (sink_keys, rotate(sink_keys, step.quarter_turn), sink_keys)
-        self.keys[:, :, : 3 * self.config.global_branch] = torch.cat(variants, dim=2)
+        variants = (sink_keys, quarter_turn(sink_keys, step.sink_phase), sink_keys)
+        self.keys.narrow(2, 0, 3 * self.config.global_branch).copy_(torch.cat(variants, dim=2))
         self.sink_values.copy_(sink_values)
 
     def _window(self, past: int) -> tuple[Tensor, Tensor]:
@@ -255,10 +255,15 @@ class LambdaCache(Cache):
 
     def end(self) -> None:
         """Count the tokens of the forward that has happened: one that failed half-way has not."""
-        if self._step is not None:
-            self.length += self._step.count
+        step, self._step = self._step, None
+        if step is None:
+            return
+        if isinstance(step.past, Tensor):
+            self.length += step.count
             torch.maximum(self.length, self.written, out=self.written)
-            self._step = None
+        else:
+            self.length.fill_(step.past + step.count)
+            self.written.fill_(max(step.written, step.past + step.count))
 
     def counts(self, short: bool) -> tuple[int | Tensor, int]:
         """Tokens seen, and the largest number that were; in a compiled decode step a tensor, and nothing."""

@@ -4,6 +4,7 @@
 a row it is cheaper to turn the few sinks than to score two segments and merge them.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,8 +54,8 @@ class Decode:
                 bias = _plain_bias(config, past, held, sinks, dtype, positions.device)
         if not sinks:
             return cls(past % ring, held, sinks, bias, None, None)
-        phase = rotary.phase(positions - config.distance)
-        return cls(past % ring, held, sinks, bias, phase.cos[:, None], phase.sin[:, None])
+        phase = rotary.phase(positions[:, None] - config.distance)
+        return cls(past % ring, held, sinks, bias, phase.cos, phase.sin)
 
     def attend(
         self,
@@ -105,16 +106,27 @@ def _any_bias(config: LambdaConfig, past: int | Tensor, held: int, sinks: int, f
     return bias[:, None, None]
 
 
+@functools.lru_cache(maxsize=32)
+def _hidden_run(hidden: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Seen, hidden, seen, [1, 1, 1, width + hidden + width]: every mask with one run of hidden keys is a view of it."""
+    run = torch.zeros(1, 1, 1, 2 * width + hidden, dtype=dtype, device=device)
+    run.narrow(3, width, hidden).fill_(-torch.inf)
+    return run
+
+
 def _plain_bias(config: LambdaConfig, past: int, held: int, sinks: int, dtype, device) -> Tensor | None:
     """The same in fewer operations: what is hidden are the sinks still in the window, and the slack."""
     window, ring = config.local_branch, config.local_branch + config.slack
     if past < window and held <= past + 1:
         return None
+    first = past % ring + 1 if held == ring else 0  # the oldest entry
+    if held == ring and past - window + 1 >= sinks and first + config.slack <= ring:
+        width = sinks + ring
+        return _hidden_run(config.slack, width, dtype, device).narrow(3, width - sinks - first, width)
     bias = torch.zeros(1, 1, 1, sinks + held, dtype=dtype, device=device)
     if past - window + 1 < sinks:
         near = past - window + 1
         bias.narrow(3, near, sinks - near).fill_(-torch.inf)
-    first = past % ring + 1 if held == ring else 0  # the oldest entry
     for entry, stop in ((first, first + held - window), (first - ring, first + held - window - ring)):
         entry, stop = max(0, entry), min(held, stop)
         if entry < stop:

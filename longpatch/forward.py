@@ -33,13 +33,14 @@ def prepare_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     if inputs is None:
         return (), kwargs  # the model's own error says it best
-    if kwargs.get("output_attentions") or getattr(base.config, "output_attentions", False):
+    config = base.config
+    if kwargs.get("output_attentions") or config.output_attentions:
         raise LongpatchError("forward", ["output_attentions=True: Λ-attention never forms the matrix of weights"])
     cache = kwargs.get("past_key_values")
     conversion = base.longpatch
     check_cache(cache, base)
     if cache is None and _wants_cache(base, kwargs.get("use_cache")):
-        cache = kwargs["past_key_values"] = LambdaCache(base.config)
+        cache = kwargs["past_key_values"] = LambdaCache(config)
     own_cache = cache if isinstance(cache, LambdaCache) else None
 
     count = inputs.shape[1]

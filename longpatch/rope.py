@@ -34,16 +34,26 @@ def rotate(states: Tensor, phase: Phase) -> Tensor:
     rotary_dim = cos.shape[-1]
     if rotary_dim == 0:
         return states
-    x = states[..., :rotary_dim].to(cos.dtype)
-    if phase.interleaved:
-        turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
-    else:
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.cat((-second, first), dim=-1)
-    rotated = (x * cos + turned * sin).to(states.dtype)
+    x = states if rotary_dim == states.shape[-1] else states[..., :rotary_dim]
+    x = x.to(cos.dtype)
+    rotated = (x * cos + _quarter(x, phase.interleaved) * sin).to(states.dtype)
     if rotary_dim == states.shape[-1]:
         return rotated
     return torch.cat((rotated, states[..., rotary_dim:]), dim=-1)
+
+
+def quarter_turn(states: Tensor, phase: Phase) -> Tensor:
+    """`states` rotated by pi / 2, in the dimensions and pairs that `phase` turns."""
+    rotary_dim = phase.cos.shape[-1]
+    turned = _quarter(states[..., :rotary_dim], phase.interleaved)
+    return torch.cat((turned, states[..., rotary_dim:]), dim=-1) if rotary_dim < states.shape[-1] else turned
+
+
+def _quarter(x: Tensor, interleaved: bool) -> Tensor:
+    if interleaved:
+        return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
 
 
 # How families lay out the angles [..., n] of n pairs for their own rotation.
@@ -90,7 +100,10 @@ class ExactRotary(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin `[1 or B, tokens, rotary_dim]` in the dtype of `x`, with yarn's attention scaling."""
         angle = self.layout(self._angle(position_ids.to(x.device)))
-        return (angle.cos() * self.attention_scaling).to(x.dtype), (angle.sin() * self.attention_scaling).to(x.dtype)
+        cos, sin = angle.cos(), angle.sin()
+        if self.attention_scaling != 1:
+            cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
 
     def _angle(self, positions: Tensor) -> Tensor:
         if self.frequencies.device != positions.device:

@@ -20,7 +20,7 @@ class Step:
     past: int | Tensor  # a tensor only in a compiled decode step
     count: int
     first_valid: Tensor | None  # [B]: column of each row's first token; None = 0 everywhere
-    sink_columns: Tensor  # [1 or B, G]
+    sink_columns: Tensor | None  # [1 or B, G]; None in a decode step once the cache holds them all
     sink_phase: Phase | None  # R(-position) of the sinks; None once the cache holds them all
     far_phase: Phase | None  # R(distance - position) of the new tokens; None where none of them sees a far sink
     written: int = 0  # the largest length the cache has held
@@ -42,6 +42,8 @@ class Step:
     ) -> "Step":
         """`positions` [1 or B, count] are the position ids of the new tokens."""
         count = positions.shape[1]
+        if decodes is not None and (sinks_cached or not config.global_branch):
+            return cls(layers, past, count, first_valid, None, None, None, written, decodes)
         sink_columns = torch.arange(config.global_branch, device=positions.device)[None]
         if first_valid is not None:
             sink_columns = sink_columns + first_valid[:, None]
@@ -61,12 +63,6 @@ class Step:
         far_phase = rotary.phase(config.distance - positions) if far else None
         return cls(layers, past, count, first_valid, sink_columns, sink_phase, far_phase, written, decodes, lookup)
 
-    @property
-    def quarter_turn(self) -> Phase:
-        assert self.sink_phase is not None
-        cos, sin, interleaved = self.sink_phase
-        return Phase(torch.zeros_like(cos), torch.ones_like(sin), interleaved)
-
     def sinks(
         self, key: Tensor, value: Tensor, first_column: int | Tensor, rotated: bool = True
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -76,6 +72,7 @@ class Step:
         there, `[1 or B, G]`; None: all of them.
         """
         assert self.sink_phase is not None
+        assert self.sink_columns is not None
         count = self.sink_columns.shape[1]
         at_start = self.first_valid is None and not isinstance(first_column, Tensor) and first_column == 0
         if at_start and count <= key.shape[2]:
@@ -100,7 +97,7 @@ class Step:
         return replace(
             self,
             first_valid=None if self.first_valid is None else move(self.first_valid),
-            sink_columns=move(self.sink_columns),
+            sink_columns=None if self.sink_columns is None else move(self.sink_columns),
             sink_phase=None if self.sink_phase is None else move_phase(self.sink_phase),
             far_phase=None if self.far_phase is None else move_phase(self.far_phase),
             decodes=None if self.decodes is None else [decode.to(device, non_blocking) for decode in self.decodes],

@@ -3,6 +3,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small and tests run side by side; children inherit it
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -25,3 +26,20 @@ def import_interpreted_kernels():
 
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
     import_interpreted_kernels()
+
+
+@pytest.fixture
+def ask(tmp_path, monkeypatch):
+    """Run `longpatch eval ...` in a folder that holds story.txt; the records it wrote."""
+    from longpatch.cli import main
+    from longpatch.results import read_records
+    from tests.evaluating import STORY
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "story.txt").write_text(STORY * 12, encoding="utf-8")
+
+    def run(name, *arguments, out="out.jsonl"):
+        assert main(["eval", name, *map(str, arguments), "--out", out]) == 0
+        return read_records(tmp_path / out)
+
+    return run

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from longpatch.finetune import read_config
-from longpatch.finetune.data import load_rows, pad_right
+from longpatch.data import load_rows, pad_right
 from longpatch.finetune.model import prepare_model
 
 ROWS, STEPS = 2, 3

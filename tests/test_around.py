@@ -1,6 +1,7 @@
 """What people put around a model: adapters, quantised weights, offloading, trainers, copies, several processes."""
 
 import copy
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -136,13 +137,14 @@ def gptq_settings():
 
 
 def test_gptq_without_its_loader_says_what_is_missing(folder):
-    if __import__("importlib").util.find_spec("gptqmodel"):
+    if find_spec("gptqmodel"):
         pytest.skip("gptqmodel is installed")
     model = converted(LlamaForCausalLM.from_pretrained(folder))
     model.config.quantization_config = gptq_settings()
     model.config.save_pretrained(folder)
-    with pytest.raises(LongpatchError, match=r"(?i)gptq"):
+    with pytest.raises(LongpatchError, match=r"quantised by gptq, needs the package gptqmodel.*pip install") as caught:
         longpatch.from_pretrained(folder)
+    assert "optimum" in str(caught.value) or find_spec("optimum")
 
 
 @pytest.mark.gpu
@@ -180,6 +182,23 @@ def test_a_device_map_with_disk_offload(folder, tmp_path):
     model = LlamaForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offload")
     assert any(parameter.is_meta for parameter in model.parameters())
     close(reads_and_writes(converted(model)), expected)
+
+
+def test_weights_of_attention_are_refused():
+    """They are never formed; a switch in the config counts as the argument does."""
+    model, ids = converted(), random_ids(1, 20)
+    with pytest.raises(LongpatchError, match="output_attentions=True"):
+        model(ids, output_attentions=True)
+    with pytest.raises(LongpatchError, match="output_attentions=True"):
+        model.generate(ids, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
+    reads_and_writes(model)
+
+
+def test_attention_dropout_is_refused_in_training_only():
+    model, ids = converted(tiny_llama(attention_dropout=0.1)), random_ids(1, 40)
+    close(reads_and_writes(model), reads_and_writes(converted()))
+    with pytest.raises(LongpatchError, match=r"attention dropout of 0\.1.*attention_dropout=0"):
+        model.train()(ids)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -1,51 +1,35 @@
-"""`longpatch eval NAME` and `longpatch report`, from the command line to the records, on the small model."""
+"""`longpatch eval` of what asks and answers, from the command line to the records, on the small model."""
 
 import http.server
 import json
-import os
-import signal
-import subprocess
 import sys
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
-import torch
-from torch.nn.functional import cross_entropy
 
 from longpatch.cli import main
 from longpatch.cli.eval import COMMANDS
-from longpatch.demo import load
 from longpatch.evaluation.metrics import bleu, comet, sentence_bleu, similarity
-from longpatch.results import read_records
-from tests.processes import environment
+from longpatch.evaluation.prompts import Answerer
+from tests.evaluating import STORY, WINDOW, values, write_rows
 
-WINDOW = ["--local-branch", "64", "--global-branch", "4"]
-STORY = "The ship went on through the night. The men were silent, and the sea was calm. A light was seen far away. "
-OWN_FLAGS = ("distance", "temp-lora")  # these keep their state, and compare with their base, in ways of their own
+OWN_FLAGS = ("temp-lora",)  # it keeps its state, and compares with its base, in ways of its own
 ANSWERING = ("passkey", "needle", "topic", "qa", "translation")
 
 
 @pytest.fixture
-def ask(tmp_path, monkeypatch):
-    """Run `longpatch eval ...`; the records it wrote."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "story.txt").write_text(STORY * 12, encoding="utf-8")
+def prompts(monkeypatch):
+    """Every prompt that is put to the model, as text."""
+    asked = []
+    answer = Answerer.answer
 
-    def run(name, *arguments, out="out.jsonl"):
-        assert main(["eval", name, *map(str, arguments), "--out", out]) == 0
-        return read_records(tmp_path / out)
+    def remember(self, arm, ids):
+        asked.append(self.tokenizer.decode(ids))
+        return answer(self, arm, ids)
 
-    return run
-
-
-def values(records, metric):
-    return [record["value"] for record in records if record["metric"] == metric]
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    monkeypatch.setattr(Answerer, "answer", remember)
+    return asked
 
 
 def flags_of(name, capsys):
@@ -127,12 +111,16 @@ def endpoint():
     server.server_close()
 
 
-def test_needles_rescored_without_a_model(ask, tmp_path, endpoint, monkeypatch):
+def test_needles_rescored_without_a_model(ask, tmp_path, endpoint, prompts, monkeypatch):
     pytest.importorskip("rouge_score", reason="needs the extra [eval]")
     (tmp_path / "more.txt").write_text(STORY * 3, encoding="utf-8")
     arms = ["--baseline", "constant:eat a sandwich"]
     placed = ["--lengths", "192", "--depths", "0,0.5", "--new-tokens", "4"]
-    records = ask("needle", "demo", tmp_path, *WINDOW, *placed, *arms, "--target", "a sandwich")
+    own = ["--needle", " He ate a sandwich.", "--question", " What did he eat?", "--target", "a sandwich"]
+    records = ask("needle", "demo", tmp_path, *WINDOW, *placed, *arms, *own)
+    assert all(
+        prompt.count("He ate a sandwich. ") == prompt.count("What did he eat?\nAnswer:") == 1 for prompt in prompts
+    )
     assert values(records, "match") == [0, 0, 1, 1]
     assert values(records, "rougeL")[2:] == [pytest.approx(0.8)] * 2
 
@@ -165,19 +153,9 @@ def test_topics_and_lines_from_longevals_files(ask, tmp_path):
     assert [(r["settings"]["task"], r["settings"]["length"]) for r in made[:2]] == [("topic", 1), ("line", 2)]
 
 
-def test_questions_get_the_best_of_their_references(ask, tmp_path, monkeypatch):
+def test_questions_get_the_best_of_their_references(ask, tmp_path, prompts):
     rows = [{"context": STORY * 4, "question": "What was seen?", "answers": ["a far light", "the light"], "id": "q"}]
     write_rows(tmp_path / "rows.jsonl", rows)
-    prompts = []
-    from longpatch.evaluation.prompts import Answerer
-
-    answer = Answerer.answer
-
-    def remember(self, arm, ids):
-        prompts.append(self.tokenizer.decode(ids))
-        return answer(self, arm, ids)
-
-    monkeypatch.setattr(Answerer, "answer", remember)
     arguments = ["--new-tokens", "2", "--context-tokens", "20", "--baseline", "constant:A light</Answer> there"]
     found = ask("qa", "demo", "rows.jsonl", *WINDOW, *arguments)
     assert [r["value"] for r in found if r["settings"]["arm"].startswith("constant")] == [1, 1]
@@ -185,6 +163,10 @@ def test_questions_get_the_best_of_their_references(ask, tmp_path, monkeypatch):
     begin, end = STORY[:20], STORY.rstrip()[-12:]
     assert all(begin in prompt and end in prompt and STORY not in prompt for prompt in prompts)
     assert all(prompt.endswith("<Answer>") for prompt in prompts)
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}USER: {{ m.content }} {% endfor %}BOT:")
+    ask("qa", "demo", "rows.jsonl", "--new-tokens", "1", "--chat-template", "chat.jinja", out="chat.jsonl")
+    assert prompts[-1].startswith("USER: ")
+    assert prompts[-1].endswith("BOT: <Answer>")
 
 
 def test_continuations_score_what_the_libraries_say(ask):
@@ -256,148 +238,3 @@ def test_without_comet_one_line_says_what_is_missing(ask, tmp_path, capsys, monk
     write_rows(tmp_path / "rows.jsonl", [{"segments": [{"source": "a", "target": "b"}]}])
     assert main(["eval", "translation", "demo", "rows.jsonl", "--new-tokens", "1", "--comet", "m"]) == 2
     assert "COMET needs the package comet. Supported: pip install unbabel-comet" in capsys.readouterr().err
-
-
-def test_memory_of_a_converted_model_is_flat(ask):
-    arguments = ["--lengths", "256,768", "--baseline", "original", "--new-tokens", "2", "--chunk", "128"]
-    records = ask("memory", "demo", *WINDOW, "--text", "story.txt", *arguments)
-    held = [round(value * 2**20) for value in values(records, "cache")]
-    per_token = 2 * 5 * 2 * 64 * 4  # keys and values, layers, key heads, head size, bytes
-    assert held[:2] == [held[0]] * 2
-    assert held[0] <= (2 * 4 + 64 + 64) * per_token
-    assert held[2:] == [256 * per_token, 768 * per_token]
-    assert min(values(records, "peak_memory") + values(records, "decode") + values(records, "prefill")) > 0
-
-
-def test_the_diagnosis_is_drawn(ask, tmp_path):
-    arguments = ["--length", "128", "--baseline", "original", "--by-layer", "--plot", "diagnosis.png"]
-    records = ask("attention", "demo", "story.txt", *WINDOW, *arguments)
-    entropy = {
-        (r["settings"]["arm"], r["settings"]["position"]): r["value"]
-        for r in records
-        if r["metric"] == "entropy" and r["settings"]["layer"] == 0
-    }
-    assert entropy["original", 0] == 0
-    assert entropy["original", 31] == pytest.approx(entropy["64/4", 31], rel=1e-4)
-    assert entropy["original", 127] > entropy["64/4", 127]
-    assert {r["metric"] for r in records} == {"entropy", "largest_logit", "component_1", "component_2"}
-    assert (tmp_path / "diagnosis.png").stat().st_size > 10_000
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return load()
-
-
-@torch.no_grad()
-def plain_loop(model, ids, length, stride):
-    """The loop of transformers' own guide to perplexity: overlapping windows, each token counted once."""
-    nll, end = [], 0
-    for begin in range(0, len(ids), stride):
-        stop = min(begin + length + 1, len(ids))
-        logits = model(ids[None, begin:stop]).logits[0, :-1]
-        losses = cross_entropy(logits, ids[begin + 1 : stop], reduction="none")
-        nll.append(losses[len(losses) - (stop - max(end, begin + 1)) :])
-        end = stop
-        if stop == len(ids):
-            break
-    return torch.cat(nll).double()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "length", "stride"),
-    [
-        (["--no-convert"], 1000, 1000),
-        (["--no-convert", "--sliding-window", "24", "--seq-len", "64"], 64, 24),
-        (["--baseline", "truncate:64"], 64, 32),
-    ],
-)
-def test_perplexity_is_that_of_a_plain_loop(ask, demo, arguments, length, stride):
-    model, tokenizer = demo
-    ids = torch.tensor([tokenizer.bos_token_id, *tokenizer.encode(STORY * 12, add_special_tokens=False)])[:200]
-    expected = plain_loop(model, ids, length, stride)
-    assert len(expected) == 199
-    records = ask("perplexity", "demo", "story.txt", "--length", "200", "--chunk", "200", *arguments)
-    found = values(records, "nll_document")[-1]
-    assert found == pytest.approx(expected.mean().item(), rel=1e-6)
-
-
-def test_mean_variance_and_count_of_every_position(ask, demo, tmp_path, capsys):
-    model, tokenizer = demo
-    (tmp_path / "texts").mkdir()
-    texts = [STORY, STORY[20:] * 2, STORY[7:]]
-    for number, text in enumerate(texts):
-        (tmp_path / "texts" / f"{number}.txt").write_text(text, encoding="utf-8")
-    losses = []
-    for text in texts:
-        ids = torch.tensor([tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)])
-        losses.append(plain_loop(model, ids, 1000, 1000))
-    records = ask("perplexity", "demo", "texts", "--no-convert", "--bucket", "1", "--plot", "a.png", "--smoothing", "5")
-    assert main(["report", "out.jsonl", "--metric", "nll_variance", "--counts"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    rows = {line.split("|")[1].strip(): line.split("|")[3].strip() for line in lines if line.count("|") == 4}
-    for position in (0, 9, 30):
-        here = torch.stack([nll[position] for nll in losses if len(nll) > position])
-        found = [r for r in records if r["metric"] == "nll" and r["settings"]["start"] == position]
-        assert [r["value"] for r in found] == pytest.approx(here.tolist(), rel=1e-4)
-        shown, count = rows[str(position)].split(" (n ")
-        assert float(shown) == pytest.approx(here.var(correction=0).item(), rel=2e-3)
-        assert count == f"{len(here)})"
-    chosen = ask("perplexity", "demo", "texts", "--no-convert", "--start", "1", "--limit", "1", out="chosen.jsonl")
-    assert {r["sample"]["document"] for r in chosen} == {"1.txt"}
-
-
-def test_documents_joined_are_one_text(ask, tmp_path, demo):
-    model, tokenizer = demo
-    (tmp_path / "texts").mkdir()
-    for name, text in (("a.txt", STORY), ("b.txt", STORY[::-1])):
-        (tmp_path / "texts" / name).write_text(text, encoding="utf-8")
-    parts = [tokenizer.encode(text, add_special_tokens=False) for text in (STORY, STORY[::-1])]
-    ids = torch.tensor([tokenizer.bos_token_id, *parts[0], *parts[1]])
-    records = ask("perplexity", "demo", "texts", "--no-convert", "--join", "--chunk", "1000", "--bucket", "32")
-    assert values(records, "nll_document") == [
-        pytest.approx(plain_loop(model, ids, 1000, 1000).mean().item(), rel=1e-6)
-    ]
-    assert {record["sample"]["document"] for record in records} == {"a.txt and 1 more"}
-    cache = [r for r in records if r["metric"] == "cache"]
-    assert [round(r["value"] * 2**20) for r in cache] == [len(ids) * 5120 for r in cache]
-
-
-def test_killed_and_resumed_is_the_same_file(ask, tmp_path):
-    """A process killed by the system after its state was kept, not one that stops of its own accord."""
-    arguments = [
-        "eval", "perplexity", "demo", "story.txt", *WINDOW, "--repeat", "8", "--chunk", "64", "--bucket", "1000",
-        "--save-every", "300",
-    ]  # fmt: skip
-    command = [sys.executable, "-m", "longpatch.cli", *arguments, "--out", "out.jsonl"]
-    process = subprocess.Popen(command, env=environment(), cwd=tmp_path, stderr=subprocess.DEVNULL)
-    state = tmp_path / "out.jsonl.state0" / "state.json"
-    deadline = time.monotonic() + 120
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert state.exists()
-    assert not (tmp_path / "out.jsonl").exists()
-    saved = json.loads(state.read_text())
-    assert main([*arguments, "--out", "out.jsonl", "--resume"]) == 0
-    assert main([*arguments, "--out", "whole.jsonl"]) == 0
-    whole = read_records(tmp_path / "whole.jsonl")
-    assert 0 < saved["read"] < whole[-2]["n"]
-    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert sorted(path.name for path in tmp_path.glob("*.jsonl*")) == ["out.jsonl", "whole.jsonl"]
-
-
-def test_reports_compare_runs(ask, tmp_path, capsys):
-    for window in (16, 64):
-        ask("perplexity", "demo", "story.txt", tmp_path / "story.txt", "--local-branch", window, "--length", "150",
-            "--global-branch", "2", out=f"{window}.jsonl")  # fmt: skip
-    capsys.readouterr()
-    assert main(["report", "16.jsonl", "64.jsonl", "--metric", "all tokens", "--plot", "both.svg"]) == 0
-    shown = capsys.readouterr().out
-    assert "| 16/2 | 64/2 |" in shown
-    assert "ratio to 16/2, same samples" in shown
-    assert (tmp_path / "both.svg").read_text().count("16/2")
-    assert main(["report", "16.jsonl", "--out", "table.md", "--no-intervals"]) == 0
-    assert "[" not in (tmp_path / "table.md").read_text()
-    assert main(["report", "nowhere.jsonl"]) == 2

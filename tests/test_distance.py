@@ -2,15 +2,17 @@
 
 import json
 
-import pytest
 import torch
 
 from longpatch import convert_model
 from longpatch.cli import main
+from longpatch.cli.eval.distance import farthest_used
 from longpatch.data.documents import Encoder
 from longpatch.data.sources import Source
 from longpatch.demo import load
-from longpatch.evaluation.distance import answers, distance_losses, doubling, effects, farthest_used, windows
+from longpatch.evaluation.distance import answers, distance_losses, doubling, windows
+from longpatch.report.summary import Cell, Row
+from longpatch.results import read_records
 from tests.tiny import random_ids, tiny_llama
 
 SCORED = 4
@@ -43,23 +45,35 @@ def test_windows_are_spread_and_whole():
     assert doubling(100, 4) == [16, 32, 64]
 
 
-def test_costs_are_means_over_windows():
-    losses = [{("full", 0): 1.0, ("hidden", 8): 2.0 + i, ("hidden", 16): 1.0} for i in range(3)]
-    far, near = sorted(effects(losses), key=lambda effect: effect.cost)
-    assert (near.distance, near.cost, near.windows) == (8, 2.0, 3)
-    assert near.error == pytest.approx(3**-0.5)
-    assert far.cost == 0
-    assert farthest_used([far, near], "hidden") == 8
+def test_what_is_used_is_what_has_a_cost_beyond_doubt():
+    def rows(way, costs):
+        cells = {distance: {"a": Cell(0.0, low, 1.0, 3, 3)} for distance, low in costs.items()}
+        return [Row("", "cost", "nat", {"way": way, "distance": d}, cell, {}) for d, cell in cells.items()]
+
+    found = [*rows("hidden", {8: 0.5, 16: 0.1, 32: -0.1}), *rows("shuffled", {8: None})]
+    assert farthest_used(found, "hidden", "a") == 16
+    assert farthest_used(found, "shuffled", "a") == 0
+    assert farthest_used(found, "hidden", "b") == 0
 
 
 def test_the_command(tmp_path, capsys):
     text, out, plot = tmp_path / "a.txt", tmp_path / "a.jsonl", tmp_path / "a.png"
     text.write_text("It was a dark and stormy night, and the rain fell. " * 100)
-    arguments = ["eval", "distance", "demo", str(text), "--no-convert", "--length", "200", "--limit", "2"]
-    assert main([*arguments, "--out", str(out), "--plot", str(plot)]) == 0
-    assert "shuffled        64" in capsys.readouterr().out
+    arguments = ["eval", "distance", "demo", str(text), "--no-convert", "--length", "200", "--windows", "2"]
+    assert main([*arguments, "--out", str(out), "--plot", str(plot), "--baseline", "32/2"]) == 0
+    assert "original, hidden: context beyond" in capsys.readouterr().out
     assert plot.stat().st_size > 1000
-    assert len(out.read_text().splitlines()) == 2 * 4 * 3
+    records = read_records(out)
+    assert len(records) == 2 * 2 * 2 * 4 * 2  # arms, windows, ways, distances, metrics
+    costs = {}
+    for record in records[::2]:
+        place = record["settings"]["arm"], record["settings"]["way"], record["settings"]["distance"]
+        costs.setdefault(place, []).append(record["value"])
+    assert min(costs["original", "hidden", 16]) > 0.01
+    model, tokenizer = load()
+    first = torch.tensor(tokenizer.encode(text.read_text(), add_special_tokens=False))[:200]
+    read = list(distance_losses(model, first, [16, 32, 64, 128], 64, tokenizer.bos_token_id, 0))
+    assert records[0]["value"] == read[1][2] - read[0][2]
     assert main([*arguments, "--distances", "136"]) == 2
     assert "less than length - scored = 136" in capsys.readouterr().err
 
@@ -75,6 +89,6 @@ def test_of_rows_the_last_answer_counts(tmp_path, capsys):
     path.write_text(f"{json.dumps(row)}\n" * 3 + json.dumps({"text": "Not a conversation."}))
     arguments = ["eval", "distance", "demo", str(path), "--no-convert", "--length", "200", "--distances", "16", "64"]
     assert main(arguments) == 0
-    assert "3 windows" in capsys.readouterr().out
+    assert "original, hidden: context beyond" in capsys.readouterr().out
     assert main([*arguments[:6], "512", "--distances", "256"]) == 2
     assert "no text has 512 tokens" in capsys.readouterr().err

@@ -9,15 +9,26 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def snippets(text):
+    found = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert found
+    return found
+
+
 def test_the_snippets_run():
-    snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert snippets
-    for snippet in snippets:
+    for snippet in snippets(README):
         torch.manual_seed(0)
         names = {}
         exec(compile(snippet, "README.md", "exec"), names)
         if "output" in names:
             assert names["output"].shape[1] > 2 * names["model"].config.max_position_embeddings
+
+
+def test_the_snippets_about_generating_run(capsys):
+    names = {}
+    for snippet in snippets((ROOT / "docs" / "generation.md").read_text(encoding="utf-8")):
+        exec(compile(snippet, "generation.md", "exec"), names)
+    assert "output_attentions=True" in capsys.readouterr().out
 
 
 def test_the_file_tree_is_the_file_tree():

@@ -48,6 +48,21 @@ def test_the_first_gradient_is_that_of_peft(converted):
             assert of_up.abs().max() > 0
 
 
+def test_the_rate_warms_up_and_stays():
+    """AdamW's first step moves every number that has a gradient by its rate; later ones by no more than about that."""
+    ids, moves = random_ids(1, 50), []
+    with temp_lora(tiny_llama(), epochs=1, warmup_steps=4, **SETTINGS) as learner:
+        (weights,) = learner.start(1).weights
+        for _ in range(6):
+            before = weights.clone()
+            learner.learn(ids[:, :30], ids[:, 30:])
+            moves.append((weights - before).abs().max().item() / SETTINGS["learning_rate"])
+    assert moves[0] == pytest.approx(0.25, rel=1e-3)
+    assert 0.25 < moves[1] <= 0.51
+    assert 0.5 < moves[3] <= 1.01
+    assert max(moves) < 1.5
+
+
 def test_learning_lowers_the_loss_and_only_inside():
     model, ids = tiny_llama(), random_ids(1, 60)
     before = model(ids).logits

@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from longpatch import LongpatchError, TempLoraGenerator, convert_model
+from longpatch import LongpatchError, TempLoraGenerator, convert_model, temp_lora
+from longpatch.temp_lora import Learner
+from longpatch.temp_lora.visible import sinks_of, visible
 from tests.test_temp_lora import assert_same, snapshot
 from tests.tiny import random_ids, tiny_llama
 
@@ -72,9 +74,6 @@ def test_learning_changes_what_is_written_and_a_seed_repeats_it(converted):
 
 def straight_loop(model, ids, chunk, context, settings):
     """The same by one's own loop: plain generate on what is visible, then learn; one row, without padding."""
-    from longpatch import temp_lora
-    from longpatch.temp_lora.visible import sinks_of, visible
-
     settings = {name: value for name, value in settings.items() if name != "progress"}
     sinks, total = sinks_of(model), ids.shape[1] + GREEDY["max_new_tokens"]
     with temp_lora(model, **settings) as learner:
@@ -86,6 +85,22 @@ def straight_loop(model, ids, chunk, context, settings):
             learner.learn(visible(ids, None, context, sinks).ids, new)
             ids = torch.cat((ids, new), dim=1)
     return ids
+
+
+def test_what_a_cache_built_anew_sees():
+    ids = torch.arange(1, 11).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    seen = visible(ids, mask, 3, 2)
+    assert seen.ids.tolist() == [[1, 2, 8, 9, 10], [4, 5, 8, 9, 10]]
+    assert seen.mask is None
+    assert seen.left_out.tolist() == [5, 2]
+    seen = visible(ids, mask, 6, 2)
+    assert seen.ids[0].tolist() == [1, 2, 5, 6, 7, 8, 9, 10]
+    assert seen.ids[1, 1:].tolist() == [4, 5, 6, 7, 8, 9, 10]
+    assert seen.mask.tolist() == [[1] * 8, [0] + [1] * 7]
+    assert visible(ids, None, 8, 2).ids.tolist() == ids.tolist()
+    assert visible(ids, mask, 7, 3).mask.tolist() == mask.tolist()
 
 
 @pytest.mark.parametrize("converted", [False, True])
@@ -114,6 +129,28 @@ def test_rows_are_what_they_would_be_alone(converted):
         assert not own[len(alone) :].any()
         ended += len(alone) < len(own)
     assert converted or ended
+
+
+def test_what_comes_after_a_rows_end_is_not_learned(monkeypatch):
+    ids = random_ids(2, 9)
+    plain = model_with_end().generate(ids, max_new_tokens=30, do_sample=False)
+    eos = int(plain[0, 20])
+    masks, original = [], Learner.learn
+
+    def learn(self, context_ids, new_ids, **options):
+        masks.append(options["loss_mask"])
+        return original(self, context_ids, new_ids, **options)
+
+    monkeypatch.setattr(Learner, "learn", learn)
+    settings = LEARN | {"learning_rate": 0.0}
+    model = model_with_end(eos=eos)
+    output = TempLoraGenerator(model, chunk_tokens=4, context_tokens=64, **settings).generate(ids, **GREEDY)
+    learned = torch.cat(masks, dim=1)
+    for row in range(2):
+        ends = (output[row, 9:] == eos).nonzero().flatten().tolist()
+        written = ends[0] + 1 if ends else learned.shape[1]
+        assert learned[row].nonzero().flatten().tolist() == list(range(min(written, learned.shape[1])))
+    assert not learned.all()
 
 
 class Streamer:

@@ -1,7 +1,6 @@
 """A training run from a YAML file: it learns, stops, goes on, and leaves an adapter that needs nothing else said."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,10 +16,10 @@ from longpatch.adapter import load_adapter
 from longpatch.demo import load
 from longpatch.finetune import read_config, train
 from longpatch.models import load_model
+from tests.processes import environment
 from tests.tiny import tiny_llama
 
 WORDS = "It was a dark and stormy night, and the rain fell in torrents on the roofs of the town. "
-ROOT = Path(__file__).parent.parent
 
 
 def write_base(folder):
@@ -59,12 +58,11 @@ def losses(output):
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-def longpatch_train(config, *arguments, launcher=("-m", "longpatch.cli"), **options):
+def longpatch_train(config, *arguments, launcher=("-m", "longpatch.cli")):
     """The command in a process of its own."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, "train", str(config), *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    one_thread = environment(OMP_NUM_THREADS="1")
+    return subprocess.Popen(command, env=one_thread, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finished(process):

@@ -172,6 +172,7 @@ def open_arms(arguments: argparse.Namespace, model, kinds: tuple[str, ...], call
 
 def open_run(arguments: argparse.Namespace, command: str, **settings: Any) -> Run:
     """The run that the flags ask for; `settings` are those that all its records share."""
+    elsewhere = ("out", "resume", "plot", "smooth", "save_every", "run", "prog")
     return Run(
         command,
         arguments.model,
@@ -179,4 +180,5 @@ def open_run(arguments: argparse.Namespace, command: str, **settings: Any) -> Ru
         arguments.seed,
         arguments.out,
         arguments.resume,
+        {name: str(value) for name, value in vars(arguments).items() if name not in elsewhere},
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..evaluation.run import Run
 from ..report.plot import draw
-from ..report.summary import summarise
+from ..report.summary import Row, summarise
 from ..report.table import tables
 from .flags import positive
 
@@ -18,12 +18,13 @@ def add_plot_flag(parser: ArgumentParser) -> None:
     )
 
 
-def show(run: Run, records: list[dict[str, Any]], arguments: Namespace) -> None:
+def show(run: Run, records: list[dict[str, Any]], arguments: Namespace) -> list[Row]:
     """Write, print and draw `records` as the flags say; nothing in processes other than the first, which have none."""
     run.finish(records)
     if not records:
-        return
+        return []
     rows = summarise(records)
     print(tables(rows))
     if arguments.plot is not None:
         draw(arguments.plot, rows, arguments.smooth)
+    return rows

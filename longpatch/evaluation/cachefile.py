@@ -20,8 +20,9 @@ def save_cache(cache: Any, path: Path) -> None:
     tensors, counters = {}, {}
     for number, layer in enumerate(cache.layers):
         tensors |= {f"{number}.keys": layer.keys.contiguous(), f"{number}.values": layer.values.contiguous()}
-        if getattr(layer, "memory", None) is not None:
-            tensors |= {f"{number}.memory.{name}": tensor for name, tensor in layer.memory.state().items()}
+        memory: Any = getattr(layer, "memory", None)
+        if memory is not None:
+            tensors |= {f"{number}.memory.{name}": tensor for name, tensor in memory.state().items()}
     if isinstance(cache, LambdaCache):
         counters = {"length": int(cache.length), "written": int(cache.written)}
     save_file(tensors, path, metadata={"kind": type(cache).__name__, "counters": json.dumps(counters)})

@@ -9,26 +9,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..data.documents import Document
+from .arms import Arm
+from .run import Measurement, Sample, Work
 
+ARMS = ("original", "lambda")
 WAYS = ("hidden", "shuffled")
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What losing the context beyond `distance` tokens costs: mean and standard error over windows, in nats a token."""
-
-    way: str
-    distance: int
-    cost: float
-    error: float
-    loss: float  # the loss itself, in nats
-    windows: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.way:<10}{self.distance:>8}{self.loss:>10.4f}{self.cost:>+10.4f} +- {self.error:.4f}"
-            f"{'  used' if self.cost > 2 * self.error else '':<6}"
-        )
 
 
 def windows(ids: Tensor, length: int, limit: int | None = None) -> list[Tensor]:
@@ -37,6 +22,21 @@ def windows(ids: Tensor, length: int, limit: int | None = None) -> list[Tensor]:
     if limit is not None and len(starts) > limit:
         starts = [starts[i * len(starts) // limit] for i in range(limit)]
     return [ids[start : start + length] for start in starts]
+
+
+def window_samples(name: str, ids: Sequence[int], length: int, scored: int, limit: int) -> list[Sample]:
+    """One sample a window of a text's `ids`; of each, the last `scored` tokens count."""
+    cut = windows(torch.tensor(ids), length, limit)
+    return [Sample({}, {"text": name, "window": number}, (window, scored), length) for number, window in enumerate(cut)]
+
+
+def answer_samples(
+    name: str, documents: Iterable[Document], bos: int | None, distance: int, length: int
+) -> Iterator[Sample]:
+    """One sample a conversation that has `distance` tokens before its last answer, and no more than `length` in all."""
+    for number, (ids, scored) in enumerate(answers(documents, bos)):
+        if distance < len(ids) - scored and len(ids) <= length:
+            yield Sample({}, {"text": name, "row": number}, (ids, scored), len(ids))
 
 
 def answers(documents: Iterable[Document], bos: int | None) -> Iterator[tuple[Tensor, int]]:
@@ -48,6 +48,26 @@ def answers(documents: Iterable[Document], bos: int | None) -> Iterator[tuple[Te
         end = int(trained.nonzero()[-1]) + 1
         begin = int((~trained[:end]).nonzero()[-1]) + 1
         yield ids[int(ids[0] == bos) : end], end - begin
+
+
+@dataclass
+class Distance:
+    """The evaluation: "cost" in nats a token of losing what lies beyond each of `distances`, and the "loss" itself."""
+
+    model: Any
+    distances: Sequence[int]
+    bos: int | None
+    seed: int = 0
+
+    def measure(self, arm: Arm, sample: Sample, work: Work) -> Iterator[Measurement]:
+        window, scored = sample.content
+        number = next(value for name, value in sample.identity.items() if name != "text")
+        read = distance_losses(self.model, window, self.distances, scored, self.bos, self.seed + number)
+        _, _, full = next(read)
+        for way, distance, loss in read:
+            settings = {"way": way, "distance": distance}
+            yield Measurement("cost", loss - full, "nat", settings=settings)
+            yield Measurement("loss", loss, "nat", settings=settings, detail={"full": full})
 
 
 @torch.no_grad()
@@ -83,21 +103,3 @@ def doubling(length: int, scored: int, first: int = 16) -> list[int]:
         distances.append(first)
         first *= 2
     return distances
-
-
-def effects(losses: Sequence[dict[tuple[str, int], float]]) -> list[Effect]:
-    """Mean costs over windows; each dictionary is one window's {(way, distance): loss}."""
-    table = []
-    full = torch.tensor([window[("full", 0)] for window in losses])
-    for way, distance in losses[0]:
-        loss = torch.tensor([window[(way, distance)] for window in losses])
-        cost = loss - full
-        error = (cost.std() / len(losses) ** 0.5).item() if len(losses) > 1 else float("nan")
-        if way in WAYS:
-            table.append(Effect(way, distance, cost.mean().item(), error, loss.mean().item(), len(losses)))
-    return sorted(table, key=lambda effect: (effect.way, effect.distance))
-
-
-def farthest_used(table: Sequence[Effect], way: str) -> int:
-    """Largest distance beyond which context still lowers the loss by more than two standard errors; 0: none."""
-    return max((e.distance for e in table if e.way == way and e.cost > 2 * e.error), default=0)

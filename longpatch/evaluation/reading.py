@@ -93,14 +93,13 @@ def measure_positions(model, tokenizer, reading: Reading, arm: Arm, sample: Samp
     Where one cache is kept, "cache" is what it holds at the end of each span.
 
     Spans carry the variance over their tokens; with spans of one token, mean, variance and count per position come
-    from pooling documents. A document through one kept cache, without recall, can be interrupted and taken up again.
+    from pooling documents. A document through one kept cache can be interrupted and taken up again.
     """
     ids = sample.content["ids"]
     edges = [edge for edge in reading.edges if edge < len(ids) - 1] + [len(ids) - 1]
     spans = {span: Span() for span in itertools.pairwise(edges)}
-    recalls = hasattr(model, "longpatch") and model.longpatch.config.recall is not None
-    stateless = work.state is None or arm.window or arm.keep or recalls
-    state = None if stateless else State(work.state, arm, sample)
+    streamed = not (arm.window or arm.keep)
+    state = State(work.state, arm, sample) if work.state is not None and streamed else None
     done = 0 if state is None else state.restore(model, spans)
     work.tick(done)
     begun = None if state is None else state.cache

@@ -85,6 +85,7 @@ class Run:
         settings: settings that all its records share.
         out: JSON lines file for the records; None keeps nothing.
         resume: go on with the unfinished run that left its journal beside `out`.
+        asked: whatever else must agree for two runs to be one; not recorded.
     """
 
     command: str
@@ -93,6 +94,7 @@ class Run:
     seed: int | None = None
     out: Path | None = None
     resume: bool = False
+    asked: dict[str, Any] = field(default_factory=dict)
 
     def records(self, model, arms: Sequence[Arm], samples: Sequence[Sample], measure: Measure) -> list[dict[str, Any]]:
         """Measure every sample through every arm; the records of all, in order of arms and samples.
@@ -218,6 +220,7 @@ def _identity(run: Run, arms: Sequence[Arm], samples: Sequence[Sample]) -> dict[
         "seed": run.seed,
         "arms": [arm.label for arm in arms],
         "samples": hashlib.sha256(described.encode()).hexdigest(),
+        "asked": hashlib.sha256(json.dumps(run.asked, sort_keys=True).encode()).hexdigest(),
     }
 
 

@@ -33,12 +33,13 @@ class Estimate:
     length: int
     weights: float
     learned: float  # weights that learn, their gradients, the optimiser's state
-    activations: float  # kept for the backward pass, and one layer's gradients
-    loss: float
+    activations: float  # kept for the backward pass
+    layer: float  # one layer's gradients, and where it is computed anew its activations
+    loss: float  # logits of a chunk and their gradients; they are gone before the first layer's backward pass
 
     @property
     def total(self) -> float:
-        return self.weights + self.learned + self.activations + self.loss
+        return self.weights + self.learned + self.activations + max(self.layer, self.loss)
 
 
 def estimate(config: TrainConfig, lengths: list[int] | None = None) -> list[Estimate]:
@@ -62,7 +63,8 @@ def estimate(config: TrainConfig, lengths: list[int] | None = None) -> list[Esti
             length,
             weights,
             learned_numbers * (8 + state),
-            batch * length * (kept + layer),
+            batch * length * kept,
+            batch * length * layer,
             # Logits of a chunk, in the dtype of computation and in float32, and as many gradients of either.
             min(config.model.loss_chunk, batch * length) * vocabulary * 2 * (4 + compute),
         )
@@ -72,10 +74,10 @@ def estimate(config: TrainConfig, lengths: list[int] | None = None) -> list[Esti
 
 def table(config: TrainConfig) -> str:
     """The estimates as text, in GiB."""
-    columns = ("length", "weights", "learned", "activations", "loss", "total")
+    columns = ("length", "weights", "learned", "activations", "layer", "loss", "total")
     lines = ["".join(f"{column:>13}" for column in columns) + "   GiB, one device"]
     for row in estimate(config):
-        sizes = (row.weights, row.learned, row.activations, row.loss, row.total)
+        sizes = (row.weights, row.learned, row.activations, row.layer, row.loss, row.total)
         lines.append(f"{row.length:>13,}" + "".join(f"{size / 2**30:>13.3f}" for size in sizes))
     return "\n".join(lines)
 
@@ -132,7 +134,7 @@ def _probe(shape: Any, config: TrainConfig, compute: int) -> tuple[int, float, f
     layer, learned = second - first, first_learned + (total - 1) * (second_learned - first_learned)
     hidden = text.hidden_size * compute
     if config.training.get("gradient_checkpointing"):
-        return learned, total * hidden + (first - layer), 2 * layer
+        return learned, total * hidden + (first - layer), 1.5 * layer
     return learned, first + (total - 1) * layer, layer / 2
 
 

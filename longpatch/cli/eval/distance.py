@@ -1,27 +1,33 @@
 """Does the model use tokens at each distance? Its loss when the context beyond a distance is hidden or shuffled.
 
-Writes a table, JSON lines (--out) and a plot (--plot). A cost above zero says that what lies beyond that distance
-lowers the loss; "used" marks a cost of more than two standard errors. Of .jsonl rows of conversations, each is a
-window, and its last answer counts.
+A cost above zero says that what lies beyond that distance lowers the loss, in nats a token; it counts as used where the
+whole interval is above zero. Of .jsonl rows of conversations, each is a window, and its last answer counts.
 """
 
 from argparse import ArgumentParser, Namespace
-from itertools import islice
 from pathlib import Path
-
-import torch
-from tqdm import tqdm
+from typing import Any
 
 from ...data.documents import Encoder
 from ...data.mixture import parse_parts, read_mixture
 from ...errors import LongpatchError
-from ...evaluation.distance import WAYS, Effect, answers, distance_losses, doubling, effects, farthest_used, windows
-from ...results import record, write_records
-from ..flags import MODEL_HELP, add_model_flags, add_template_flag, open_converted, positive
+from ...evaluation.distance import ARMS, WAYS, Distance, answer_samples, doubling, window_samples
+from ...report.summary import Row
+from ..flags import (
+    MODEL_HELP,
+    add_model_flags,
+    add_run_flags,
+    add_template_flag,
+    open_arms,
+    open_model,
+    open_run,
+    positive,
+)
+from ..show import add_plot_flag, show
 
 EXAMPLES = """\
 examples:
-  longpatch eval distance demo BOOK.txt --no-convert --length 1024
+  longpatch eval distance demo BOOK.txt --no-convert --length 1024 --baseline 256/4
   longpatch eval distance runs/cpu-demo BOOK.txt --no-convert --length 1024 --plot distance.png
 """
 
@@ -32,11 +38,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--length", type=positive, required=True, metavar="N", help="tokens of a window")
     parser.add_argument("--distances", type=positive, nargs="+", metavar="D", help="default: 16, 32, 64, ...")
     parser.add_argument("--scored", type=positive, default=64, metavar="N", help="last tokens of a window that count")
-    parser.add_argument("--limit", type=positive, default=64, metavar="N", help="windows in all (default: 64)")
-    parser.add_argument("--out", type=Path, metavar="JSONL")
-    parser.add_argument("--plot", type=Path, metavar="PNG")
+    parser.add_argument("--windows", type=positive, default=64, metavar="N", help="spread over the texts (default: 64)")
     add_template_flag(parser)
     add_model_flags(parser)
+    add_run_flags(parser, "original, L/G")
+    add_plot_flag(parser)
 
 
 def run(arguments: Namespace) -> None:
@@ -45,57 +51,34 @@ def run(arguments: Namespace) -> None:
     if not distances or max(distances) >= room:
         reason = f"--distances up to {max(distances, default=0)} in windows of {arguments.length}"
         raise LongpatchError("eval distance", [reason], f"less than length - scored = {room}")
-    model, tokenizer = open_converted(arguments)
-    share = -(-arguments.limit // len(arguments.texts))
-    bos = tokenizer.bos_token_id
-    cut = []
+    model, tokenizer = open_model(arguments)
+    arms = open_arms(arguments, model, ARMS, "eval distance")
+    share = -(-arguments.windows // len(arguments.texts))
+    samples = []
     for path in arguments.texts:
         if path.suffix == ".jsonl":
-            encoder = Encoder(tokenizer, arguments.chat_template)
-            rows = answers(map(encoder, read_mixture(parse_parts(str(path)))), bos)
-            enough = (row for row in rows if max(distances) < len(row[0]) - row[1] and len(row[0]) <= arguments.length)
-            cut += islice(enough, share)
+            documents = map(Encoder(tokenizer, arguments.chat_template), read_mixture(parse_parts(str(path))))
+            found = answer_samples(path.name, documents, tokenizer.bos_token_id, max(distances), arguments.length)
+            samples += list(found)[:share]
         else:
-            ids = torch.tensor(tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False))
-            cut += [(window, arguments.scored) for window in windows(ids, arguments.length, share)]
-    if not cut:
+            ids = tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False)
+            samples += window_samples(path.name, ids, arguments.length, arguments.scored, share)
+    if not samples:
         raise LongpatchError("eval distance", [f"no text has {arguments.length} tokens"])
-    losses = []
-    for window, scored in tqdm(cut, unit="window", mininterval=5):
-        read = distance_losses(model, window, distances, scored, bos, arguments.seed + len(losses))
-        losses.append({(way, distance): loss for way, distance, loss in read})
-    table = effects(losses)
-    print(f"{'beyond':<10}{'distance':>8}{'loss':>10}{'cost':>10}   (nats a token, {len(losses)} windows)")
-    print("\n".join(map(str, table)))
-    for way in WAYS:
-        print(f"{way}: context beyond {farthest_used(table, way)} tokens still lowers the loss (0: none does)")
-    if arguments.out:
-        settings = {"length": arguments.length, "scored": arguments.scored}
-        rows = [
-            record("eval distance", arguments.model, metric, value, "nat", e.windows, seed=arguments.seed, **settings)
-            | {"settings": settings | {"way": e.way, "distance": e.distance}}
-            for e in table
-            for metric, value in (("cost", e.cost), ("cost_standard_error", e.error), ("loss", e.loss))
-        ]
-        write_records(arguments.out, rows)
-    if arguments.plot:
-        draw(arguments.plot, table, arguments.model)
+    evaluation = Distance(model, distances, tokenizer.bos_token_id, arguments.seed)
+    run = open_run(arguments, "eval distance", length=arguments.length, scored=arguments.scored)
+    rows = show(run, run.records(model, arms, samples[: arguments.limit], evaluation.measure), arguments)
+    for column in dict.fromkeys(column for row in rows for column in row.cells):
+        for way in WAYS:
+            far = farthest_used(rows, way, column)
+            print(f"{column}, {way}: context beyond {far} tokens still lowers the loss (0: none does)")
 
 
-def draw(path: Path, table: list[Effect], title: str) -> None:
-    """Cost in nats a token against distance, with two standard errors."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for way in WAYS:
-        points = [effect for effect in table if effect.way == way]
-        costs, errors = [e.cost for e in points], [2 * e.error for e in points]
-        axes.errorbar([e.distance for e in points], costs, yerr=errors, marker="o", capsize=3, label=way)
-    axes.axhline(0, color="gray", linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("distance in tokens beyond which context is lost")
-    axes.set_ylabel("cost, nats a token")
-    axes.set_title(title)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+def farthest_used(rows: list[Row], way: str, column: str) -> int:
+    """The largest distance whose cost has an interval above zero; 0: none."""
+    costs: list[tuple[int, Any]] = [
+        (row.settings["distance"], row.cells.get(column))
+        for row in rows
+        if row.metric == "cost" and row.settings["way"] == way
+    ]
+    return max((distance for distance, cell in costs if cell and cell.low is not None and cell.low > 0), default=0)
