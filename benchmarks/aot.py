@@ -1,9 +1,10 @@
 """Compile the Triton kernels ahead of time, without a GPU: registers, shared memory, spills, matmul instructions.
 
-    python -m benchmarks.aot [--chip sm80 sm90] [--quick] [--only forward,bfloat16,128] [--out FILE]
+    python -m benchmarks.aot [--chip sm80 sm90] [--quick] [--only forward,bfloat16,128] [--out FILE [--missing]]
 
 The real launch code runs on meta tensors; only the launch itself is replaced by compilation: what is compiled is what
-would run. `--quick` compiles the first candidate of each kernel, dtype and head size alone.
+would run. `--quick` compiles the first candidate of each kernel, dtype and head size alone, without extra rules.
+FILE is written after every row, so that `--missing` goes on where an earlier run was stopped.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -141,8 +142,8 @@ def configurations(chip: str, quick: bool) -> Iterator[tuple[str, torch.dtype, i
                     yield kernel, dtype, dim, config
 
 
-def compile_all(chip: str, quick: bool, only: list[str]) -> Iterator[dict]:
-    """One row per compiled kernel."""
+def compile_all(chip: str, quick: bool, only: list[str], known: Collection[tuple] = ()) -> Iterator[dict]:
+    """One row per compiled kernel, but those whose identity is known."""
     import triton
     from triton import knobs
 
@@ -159,11 +160,14 @@ def compile_all(chip: str, quick: bool, only: list[str]) -> Iterator[dict]:
         for variant, x in variants(example(dtype, dim, 1 if kernel == "decode" else 4096)):
             if quick and variant != "plain":
                 continue
+            row = {"triton": triton.__version__, "chip": chip, "kernel": kernel, "dtype": name, "head_dim": dim}
+            row |= {"variant": variant, **config._asdict()}
+            if identity(row) in known:
+                continue
             started = perf_counter()
             compiler.compiled.clear()
             launch(kernel, x)
-            row = {"triton": triton.__version__, "chip": chip, "kernel": kernel, "dtype": name, "head_dim": dim}
-            row |= {"variant": variant, **config._asdict(), **measure(compiler.compiled[-1][1])}
+            row |= measure(compiler.compiled[-1][1])
             row["fits"] = row["stack_bytes"] <= STACK_LIMIT and row["shared_bytes"] <= SHARED_LIMIT[chip]
             yield row | {"seconds": round(perf_counter() - started, 1)}
 
@@ -180,19 +184,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the first candidate of each kernel, dtype and head size")
     parser.add_argument("--only", default="", help="words that must match: kernel, dtype, head size, comma-separated")
     parser.add_argument("--out", type=Path, help="merge the rows into this file")
+    parser.add_argument("--missing", action="store_true", help="leave out what that file has already")
     options = parser.parse_args(arguments)
-    rows = []
+    kept = {}
+    if options.out and options.out.exists():
+        kept = {identity(row): row for row in json.loads(options.out.read_text(encoding="utf-8"))}
+    known, fits = set(kept) if options.missing else (), True
     for chip in options.chip:
-        for row in compile_all(chip, options.quick, [word for word in options.only.split(",") if word]):
-            rows.append(row)
+        for row in compile_all(chip, options.quick, [word for word in options.only.split(",") if word], known):
             print(json.dumps(row), flush=True)
-    if options.out:
-        new = {identity(row) for row in rows}
-        kept = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else []
-        kept = [row for row in kept if identity(row) not in new]
-        lines = ",\n".join(json.dumps(row) for row in kept + rows)
-        options.out.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    return 0 if all(row["fits"] for row in rows) else 1
+            fits = fits and row["fits"]
+            kept[identity(row)] = row
+            if options.out:
+                lines = ",\n".join(map(json.dumps, kept.values()))
+                options.out.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    return 0 if fits else 1
 
 
 if __name__ == "__main__":

@@ -63,10 +63,10 @@ def measure(
         baseline = _quantile(times[peers[0].name], 0.5)
         for peer in peers:
             line = _record(case, peer.name, times[peer.name], baseline, first_ms[peer.name], command, model)
-            records.append(line)
+            records.append(line | {"clock": clock.__name__})
             if output:
                 with output.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                    file.write(json.dumps(records[-1]) + "\n")
     return records
 
 

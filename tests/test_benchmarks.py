@@ -94,12 +94,12 @@ def test_the_page_of_results_shows_every_record_with_its_command(tmp_path, monke
     ]
     write_records(tmp_path / "evaluations" / "demo-needle.jsonl", marks)
     walk = [record("eval temp-lora", "demo", "perplexity", 40.0, "1", 9, arm=arm, learn={"rank": 4}) for arm in "ab"]
-    write_records(tmp_path / "temp_lora_x.jsonl", walk)
+    write_records(tmp_path / "temp_lora_books.jsonl", walk)
     text = page.page(tmp_path, tmp_path / "figures")
     far, needle, learned = text.split("\n## ")[1:]
     assert "Not measured yet." in far
     assert needle.startswith("Needle, small model\n\n    longpatch eval needle demo BOOKS")
-    assert "| 512 | 0.25 [0.25, 0.25] |" in needle
+    assert "| 512 | 0.25 |" in needle
     assert "similar" not in needle
     assert (tmp_path / "figures" / "demo-needle.png").stat().st_size > 5000
     assert "| 40 | 40 |" in learned

@@ -89,6 +89,6 @@ def test_of_rows_the_last_answer_counts(tmp_path, capsys):
     path.write_text(f"{json.dumps(row)}\n" * 3 + json.dumps({"text": "Not a conversation."}))
     arguments = ["eval", "distance", "demo", str(path), "--no-convert", "--length", "200", "--distances", "16", "64"]
     assert main(arguments) == 0
-    assert "original, hidden: context beyond" in capsys.readouterr().out
+    assert "samples 3" in capsys.readouterr().out
     assert main([*arguments[:6], "512", "--distances", "256"]) == 2
     assert "no text has 512 tokens" in capsys.readouterr().err

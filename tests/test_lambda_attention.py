@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longpatch_kernels import IMPLEMENTATIONS, blocked, explain, lambda_attention, native, not_supported_reasons
-from longpatch_kernels.blocked.bands import block_queries
+from longpatch_kernels.blocked import bands
 from longpatch_kernels.compiled import TENSORS
 from longpatch_kernels.inputs import LambdaInputs
 from longpatch_kernels.native import build as compilation
@@ -82,6 +82,20 @@ def test_each_cpu_algorithm_equals_the_definition(name, drawn, examples):
         assert backward.call_count == (name == "banded")
 
     check()
+
+
+@pytest.mark.parametrize(("group", "dtype"), [(1, "float32"), (3, "float32"), (1, "bfloat16")])
+def test_tall_blocks_and_their_folded_keys_equal_the_definition(group, dtype):
+    settled = {"batch": 2, "key_heads": 1, "group": group, "head_dim": 16, "queries": 1400, "cached": 30, "window": 500}
+    settled |= {"sinks": 4, "extra_distance": 0, "ring": int, "padding": False, "far_mask": True, "softcap": None}
+    case = settled | {"alibi": False, "through_lse": False, "seed": 5}
+    with (
+        patch.object(bands, "FOLDED_WINDOW", 500),
+        patch.object(bands, "TALL_ROWS", 384),
+        patch.object(bands, "_two_bands", wraps=bands._two_bands) as folded,
+    ):
+        {"float32": check_float32, "bfloat16": check_bfloat16}[dtype]("blocked", case)
+    assert folded.call_count > 2  # forward and backward
 
 
 NATIVE = {"softcap": st.none(), "alibi": st.just(False), "far_mask": st.just(False)}
@@ -217,8 +231,8 @@ def test_the_rule_between_algorithms():
         tensor = torch.zeros(1, 2, key_count, 16)
         first = explain(tensor, tensor, tensor, window=window).splitlines()[0]
         assert first == f"auto runs {preferred}" or isinstance(compilation.library(), str)
-    assert [block_queries(window, 1) for window in (16, 256, 1024)] == [64, 64, 192]
-    assert block_queries(1024, 3) == 64
+    assert [bands.block_queries(window, 1) for window in (16, 256, 1024)] == [64, 64, 192]
+    assert bands.block_queries(1024, 3) == 64
 
 
 def differentiated(function, tensors, **options):

@@ -122,7 +122,7 @@ def checked_inputs(
     key_heads, keys = key.shape[1:3]
 
     def expect(name: str, tensor: Tensor | None, *shapes: tuple[int, ...]):
-        if tensor is not None and tuple(tensor.shape) not in shapes:
+        if tensor is not None and tensor.shape not in shapes:
             expected = " or ".join(str(list(shape)) for shape in shapes)
             reasons.append(f"{name} has shape {list(tensor.shape)}, expected {expected}")
 

@@ -86,7 +86,9 @@ def _row(command: str, metric: str, unit: str, settings: dict[str, Any], columns
         return Row(command, metric, unit, settings, {column: _variance(rs) for column, rs in columns.items()}, {})
     is_log = metric.startswith("nll")
     name = LOG_METRICS.get(metric, "perplexity, geometric mean of documents" if is_log else metric)
-    cells = {column: _cell([r["value"] for r in rs], [r["n"] for r in rs], is_log) for column, rs in columns.items()}
+    cells = {}
+    for column, found in columns.items():
+        cells[column] = _cell([r["value"] for r in found], [r["n"] for r in found], is_log, unit == "1" and not is_log)
     first, *others = columns
     known = {_identity(record): record for record in columns[first]}
     against = {}
@@ -94,7 +96,7 @@ def _row(command: str, metric: str, unit: str, settings: dict[str, Any], columns
         pairs = [(record, known[_identity(record)]) for record in columns[column] if _identity(record) in known]
         if len(pairs) > 1:
             differences = [record["value"] - base["value"] for record, base in pairs]
-            against[column] = _cell(differences, [record["n"] for record, _ in pairs], is_log)
+            against[column] = _cell(differences, [record["n"] for record, _ in pairs], is_log, is_share=False)
     return Row(command, name, "1" if is_log else unit, settings, cells, against)
 
 
@@ -117,14 +119,15 @@ def _wilson(share: float, count: int) -> tuple[float, float]:
     return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
-def _cell(values: list[float], weights: list[int], is_log: bool) -> Cell:
+def _cell(values: list[float], weights: list[int], is_log: bool, is_share: bool) -> Cell:
+    """`is_share`: values of 0 and 1 alone are a share. Where other values all agree there is no interval to give."""
     value, weight = numpy.array(values, dtype=float), numpy.array(weights, dtype=float)
     shown = numpy.exp if is_log else (lambda number: number)
     mean = float(shown((value * weight).sum() / weight.sum()))
     low = high = None
-    if len(value) > 1 and not is_log and set(values) <= {0, 1}:
+    if len(value) > 1 and is_share and set(values) <= {0, 1}:
         low, high = _wilson(mean, len(value))
-    elif len(value) > 1:
+    elif len(set(values)) > 1:
         drawn = numpy.random.default_rng(0).integers(len(value), size=(RESAMPLES, len(value)))
         means = (value * weight)[drawn].sum(axis=1) / weight[drawn].sum(axis=1)
         low, high = (float(shown(bound)) for bound in numpy.quantile(means, (0.025, 0.975)))

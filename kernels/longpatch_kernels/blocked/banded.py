@@ -27,6 +27,8 @@ def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     if _is_causal(x):
         query, key, value = _expanded(x)
         out, lse = _kernel(query, key, value, 0.0, True, scale=x.scale)
+        if x.group == 1:
+            return out, lse
         return out.reshape(x.query.shape), lse.reshape(x.query.shape[:3])
     # strides as the kernel's own output has them: the next projection reads all heads of a token
     out = torch.empty_like(x.query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
@@ -153,20 +155,27 @@ def _far(x: LambdaInputs, far: FarSegment, band: Band) -> tuple[Tensor, Tensor]:
 
 
 def _forward(x: LambdaInputs, band: Band, out: Tensor, lse: Tensor):
-    """Write one band's rows of out and lse."""
+    """Write one band's rows of out and lse, or add a second band to them."""
     target, target_lse = band.view(out), band.view(lse)
     window, window_lse = _window(x, band)
-    if x.far is None or not _far_visible(x, band.last_position):
-        target.copy_(window)
-        target_lse.copy_(window_lse)
+    if band.runs:
+        _merge(target, target_lse, window, window_lse, target)
         return
-    far, far_lse = _far(x, x.far, band)
-    torch.logaddexp(window_lse, far_lse, out=target_lse)
-    weight = far_lse.sub_(target_lse).exp_().nan_to_num_(nan=0.0)[..., None]
-    if target.dtype == torch.float32:
-        torch.lerp(window, far, weight, out=target)
+    if x.far is not None and _far_visible(x, band.last_position):
+        _merge(window, window_lse, *_far(x, x.far, band), target)
     else:
-        target.copy_(torch.lerp(window.float(), far.float(), weight))
+        target.copy_(window)
+    target_lse.copy_(window_lse)
+
+
+def _merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor, target: Tensor):
+    """Two results over disjoint keys as one: out into `target`, log-sum-exp into `lse`."""
+    weight = torch.sigmoid(more_lse - lse).nan_to_num_(nan=0.0)[..., None]  # NaN: neither saw anything
+    torch.logaddexp(lse, more_lse, out=lse)
+    if target.dtype == torch.float32:
+        torch.lerp(out, more, weight, out=target)
+    else:
+        target.copy_(torch.lerp(out.float(), more.float(), weight))
 
 
 def _backward(x: LambdaInputs, band: Band, out: Tensor, lse: Tensor, grad_out: Tensor, grads: Sequence[Tensor]):
@@ -175,12 +184,13 @@ def _backward(x: LambdaInputs, band: Band, out: Tensor, lse: Tensor, grad_out: T
         query, key, value = band.queries(x.query), band.keys(x.key), band.keys(x.value)
         given = band.queries(grad_out), query, key, value, band.queries(out), band.queries(lse)
         of_query, of_key, of_value = _kernel_backward(*given, 0.0, False, attn_mask=band.mask, scale=x.scale)
-        band.view(grads[0]).copy_(band.split(of_query))
+        write = Tensor.add_ if band.runs else Tensor.copy_
+        write(band.view(grads[0]), band.split(of_query))
         band.add_to_keys(grads[1], of_key)
         band.add_to_keys(grads[2], of_value)
     else:
         band.view(grads[0]).zero_()
-    if x.far is None:
+    if x.far is None or band.runs:
         return
     if not _far_visible(x, band.last_position):
         band.view(grads[3]).zero_()

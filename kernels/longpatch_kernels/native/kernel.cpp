@@ -2,7 +2,8 @@
 //
 // Prefill packs the keys of a chunk of queries into panels of 16, transposed; blocks of 48 query rows then walk their
 // keys, and each 6 x 16 tile of either product stays in registers. Tiles that no row of theirs sees are not computed.
-// Decode reads keys and values once, a few rows of queries beside each other. Scores are in units of log2.
+// Decode reads keys and values once, a few rows of queries beside each other: a long stretch of keys, then the values of
+// that stretch, so that the processor guesses what is read next. Scores are in units of log2.
 
 #include <algorithm>
 #include <cmath>
@@ -18,7 +19,8 @@ typedef uint32_t WordVec __attribute__((vector_size(32), aligned(4), may_alias))
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 struct BFloat16 { uint16_t bits; };
 
-constexpr Index LANES = 8, PANEL = 2 * LANES, TILE_ROWS = 6, BLOCK_ROWS = 48, BLOCK_KEYS = 128, STEP_KEYS = 64;
+constexpr Index LANES = 8, PANEL = 2 * LANES, TILE_ROWS = 6, BLOCK_ROWS = 48, BLOCK_KEYS = 128;
+constexpr Index STEP_KEYS = 64, STAGE_KEYS = 2048, STAGE_ROW = STAGE_KEYS + 16;  // of decode: converted and multiplied at once; softmax at once
 constexpr Index LEAST_CHUNK = 1024;  // queries that share one packing of their keys, at least
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
@@ -306,13 +308,6 @@ template <class T> struct Prefill {
     }
 };
 
-// Asks for rows that are soon read: two alternating streams are too much for the processor's own guesses
-template <class T> static inline void fetch(const T* from, Index count, Index dim, Index row) {
-    for (Index k = 0; k < count; k++)
-        for (Index byte = 0; byte < dim * Index(sizeof(T)); byte += 64)
-            __builtin_prefetch((const char*)(from + k * row) + byte, 0, 2);
-}
-
 // Sums of the lanes of four vectors
 static inline void sums_of(Vec a, Vec b, Vec c, Vec d, float* to) {
     Vec u = __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14) +
@@ -325,7 +320,7 @@ static inline void sums_of(Vec a, Vec b, Vec c, Vec d, float* to) {
     *(Quad*)to = low + high;
 }
 
-// R rows [dim] times four keys [dim]: to [R, 4], its rows STEP_KEYS apart
+// R rows [dim] times four keys [dim]: to [R, 4], its rows STAGE_ROW apart
 template <int R> static inline void dots(const float* rows, Index dim, const float* const* keys, float* to) {
     Vec sums[R][4] = {};
     const float *k0 = keys[0], *k1 = keys[1], *k2 = keys[2], *k3 = keys[3];
@@ -337,7 +332,7 @@ template <int R> static inline void dots(const float* rows, Index dim, const flo
             sums[r][0] += x * a, sums[r][1] += x * b, sums[r][2] += x * c, sums[r][3] += x * e;
         }
     }
-    for (int r = 0; r < R; r++) sums_of(sums[r][0], sums[r][1], sums[r][2], sums[r][3], to + r * STEP_KEYS);
+    for (int r = 0; r < R; r++) sums_of(sums[r][0], sums[r][1], sums[r][2], sums[r][3], to + r * STAGE_ROW);
 }
 
 // Queries of one group against a share of the keys, read where they lie
@@ -349,7 +344,7 @@ template <class T> struct Decode {
     explicit Decode(const Call& call) : c(call), rows(call.group() * call.queries) {
         query.resize(rows * c.dim);
         far_query.resize(rows * c.dim);
-        scores.resize(rows * STEP_KEYS);
+        scores.resize(rows * STAGE_ROW);
         keys.resize(STEP_KEYS * c.dim);
         values.resize(STEP_KEYS * c.dim);
     }
@@ -361,13 +356,19 @@ template <class T> struct Decode {
             scaled(row_of<T>(from, b, key_head * c.group() + r / c.queries, r % c.queries), c.dim, c.scale, to + r * c.dim);
     }
 
-    void multiply(const float* from, const float* key, Index stride, Index count) {
+    // Scores of `count` keys, from score `first` on
+    void multiply(const float* from, const float* key, Index stride, Index count, Index first) {
         for (Index j = 0; j < count; j += 4) {
             const float* k[4];
             for (Index i = 0; i < 4; i++) k[i] = key + std::min(j + i, count - 1) * stride;
-            Index r = 0;
-            for (; r + 1 < rows; r += 2) dots<2>(from + r * c.dim, c.dim, k, scores.data() + r * STEP_KEYS + j);
-            if (r < rows) dots<1>(from + r * c.dim, c.dim, k, scores.data() + r * STEP_KEYS + j);
+            for (Index r = 0; r < rows;) {
+                Index left = rows - r, taken = left == 3 || left > 4 ? 3 : std::min<Index>(left, 2);
+                float* to = scores.data() + r * STAGE_ROW + first + j;
+                if (taken == 3) dots<3>(from + r * c.dim, c.dim, k, to);
+                if (taken == 2) dots<2>(from + r * c.dim, c.dim, k, to);
+                if (taken == 1) dots<1>(from + r * c.dim, c.dim, k, to);
+                r += taken;
+            }
         }
     }
 
@@ -383,33 +384,38 @@ template <class T> struct Decode {
                                           keys.data(), key_stride);
                 const float* value = floats(row_of<T>(c.far_value, b, key_head, start), count, c.dim,
                                             c.far_value.row, values.data(), value_stride);
-                multiply(far_query.data(), key, key_stride, count);
+                multiply(far_query.data(), key, key_stride, count, 0);
                 for (Index r = 0; r < rows; r++) {
-                    float* line = scores.data() + r * STEP_KEYS;
+                    float* line = scores.data() + r * STAGE_ROW;
                     for (Index j = 0; j < count; j++)
                         if (position(r) - c.far_of(b)[start + j] < c.window) line[j] = NONE;
                     state.absorb(r, line, 0, 0, count, count);
                 }
-                multiply_rows(rows, scores.data(), STEP_KEYS, value, value_stride, count, state.out, c.dim);
+                multiply_rows(rows, scores.data(), STAGE_ROW, value, value_stride, count, state.out, c.dim);
             }
         }
         gather(c.query, b, key_head, query.data());
         Index oldest = std::max(c.valid(b), c.offset() - c.window + 1);
         for (Index start = std::max(begin, oldest); start < end;) {
             Index slot = start + c.ring_start < c.keys ? start + c.ring_start : start + c.ring_start - c.keys;
-            Index count = std::min(std::min(STEP_KEYS, end - start), c.keys - slot);
-            fetch(row_of<T>(c.value, b, key_head, slot), count, c.dim, c.value.row);
-            fetch(row_of<T>(c.key, b, key_head, slot + count), std::min(STEP_KEYS, c.keys - slot - count), c.dim, c.key.row);
-            const float* key = floats(row_of<T>(c.key, b, key_head, slot), count, c.dim, c.key.row, keys.data(), key_stride);
-            multiply(query.data(), key, key_stride, count);
+            Index count = std::min(std::min(STAGE_KEYS, end - start), c.keys - slot);
+            for (Index j = 0; j < count; j += STEP_KEYS) {
+                Index some = std::min(STEP_KEYS, count - j);
+                const float* key = floats(
+                    row_of<T>(c.key, b, key_head, slot + j), some, c.dim, c.key.row, keys.data(), key_stride);
+                multiply(query.data(), key, key_stride, some, j);
+            }
             for (Index r = 0; r < rows; r++) {
                 Index from = std::max(oldest, position(r) - c.window + 1) - start, to = position(r) + 1 - start;
                 from = std::min(std::max<Index>(from, 0), count);
-                state.absorb(r, scores.data() + r * STEP_KEYS, 0, from, std::min(to, count), count);
+                state.absorb(r, scores.data() + r * STAGE_ROW, 0, from, std::min(to, count), count);
             }
-            const float* value = floats(row_of<T>(c.value, b, key_head, slot), count, c.dim, c.value.row,
-                                        values.data(), value_stride);
-            multiply_rows(rows, scores.data(), STEP_KEYS, value, value_stride, count, state.out, c.dim);
+            for (Index j = 0; j < count; j += STEP_KEYS) {
+                Index some = std::min(STEP_KEYS, count - j);
+                const float* value = floats(
+                    row_of<T>(c.value, b, key_head, slot + j), some, c.dim, c.value.row, values.data(), value_stride);
+                multiply_rows(rows, scores.data() + j, STAGE_ROW, value, value_stride, some, state.out, c.dim);
+            }
             start += count;
         }
     }
