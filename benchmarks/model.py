@@ -3,7 +3,7 @@
 The shape is SmolLM2-135M's (30 layers, hidden 576, FFN 1536, 9 query and 3 key heads of 64, vocabulary 49,152) with
 random weights, or that of the model in the package; float32, window 1,024 or 256. What is timed is CPU time (of all
 threads, so one is used), to which other programs on a busy machine add least; look at the ratios all the same. A
-forward of 1,024 tokens and decoding far out run on 10 of the 30 layers, which are all alike, a prefill of 32,768 on two.
+forward of 1,024 tokens and decoding far out run on 10 of the 30 layers, all alike, a prefill of 32,768 on two.
 """
 
 import argparse

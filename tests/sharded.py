@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from longpatch.finetune import read_config
 from longpatch.data import load_rows, pad_right
+from longpatch.finetune import read_config
 from longpatch.finetune.model import prepare_model
 
 ROWS, STEPS = 2, 3

@@ -1,6 +1,7 @@
 """Files become rows: every token once, labels where they belong, wrong input named by file and line."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tokenizers.pre_tokenizers import Metaspace, Sequence, Split
 from transformers import PreTrainedTokenizerFast
 
 from longpatch import LongpatchError
+from longpatch.adapter import read_record
 from longpatch.cli import main
 from longpatch.data import Rows, load_rows, pad_right, sources
 from longpatch.data.binary import sidecar, write_binary
@@ -18,8 +20,10 @@ from longpatch.data.documents import Encoder
 from longpatch.data.settings import DataSection
 from longpatch.data.tokenize import tokenize
 from longpatch.demo import load
+from longpatch.finetune import TrainConfig, train
 from longpatch.templates import find_template, render
 
+ROWS = Path(__file__).parent.parent / "examples" / "rows"
 WORDS = "All work and no play makes a long text. "
 
 
@@ -114,16 +118,24 @@ def test_only_answers_are_trained(tmp_path, tokenizer):
 QUESTIONS = [
     {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]},
     {"conversations": [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Yes."}]},
+    {
+        "conversations": [
+            {"from": "gpt", "value": "?"},
+            {"from": "user", "value": "Hello?"},
+            {"from": "gpt", "value": "Yes."},
+        ]
+    },
+    {"conversations": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]},
     {"input": "Hello?", "output": "Yes."},
     {"instruction": "Hello?", "input": "", "output": "Yes."},
 ]
 
 
 @pytest.mark.parametrize("template", ["none", "vicuna", "llama-2", "mistral"])
-def test_four_kinds_of_rows_are_the_same_and_train_the_answer_alone(tmp_path, tokenizer, template):
+def test_all_kinds_of_rows_are_the_same_and_train_the_answer_alone(tmp_path, tokenizer, template):
     path = write(tmp_path / "rows.jsonl", QUESTIONS)
     rows = load_rows(path, section(pack=False, length=200, template=template), tokenizer)
-    assert len(rows) == 4
+    assert len(rows) == len(QUESTIONS)
     for row in rows:
         assert torch.equal(row["input_ids"], rows[0]["input_ids"])
         assert trained(row, tokenizer).strip() in ("Yes.<s>", "Yes. <s>")
@@ -150,7 +162,7 @@ def test_each_answer_is_trained_with_its_end_and_nothing_after_it(tmp_path, toke
 
 
 def test_long_conversations_are_dropped_long_texts_cut_and_both_counted(tmp_path, tokenizer):
-    rows = [{"input": WORDS * 10, "output": "Yes."}, QUESTIONS[2], {"text": WORDS * 10}, {"text": ""}, {"text": "x"}]
+    rows = [{"input": WORDS * 10, "output": "Yes."}, QUESTIONS[-2], {"text": WORDS * 10}, {"text": ""}, {"text": "x"}]
     path = write(tmp_path / "rows.jsonl", rows)
     read = load_rows(path, section(pack=False, min_length=4), tokenizer)
     lengths = [len(row["input_ids"]) for row in read]
@@ -272,14 +284,14 @@ def test_inspect_data_shows_rows_marks_answers_and_draws(tmp_path, capsys):
     config, plot = tmp_path / "c.yaml", tmp_path / "lengths.png"
     config.write_text(
         f"model: {{name: demo}}\noutput: none\ndata:\n  data_root: {tmp_path}\n  length: 9000\n  pack: false\n"
-        "  train:\n    rows.jsonl[5]: 1\n"
+        "  train:\n    rows.jsonl[7]: 1\n"
     )
-    assert main(["inspect-data", str(config), "--rows", "5", "--plot", str(plot)]) == 0
+    assert main(["inspect-data", str(config), "--rows", "7", "--plot", str(plot)]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("<s>Hello?\n⟦Yes.<s>⟧") == 4
+    assert shown.count("<s>Hello?\n⟦Yes.<s>⟧") == len(QUESTIONS)
     assert " tokens ... " in shown
     assert "⟦Long.<s>⟧" in shown
-    assert "rows.jsonl[5]" in shown
+    assert "rows.jsonl[7]" in shown
     assert plot.stat().st_size > 1000
 
 
@@ -302,3 +314,40 @@ def test_batches_are_padded_on_the_right():
     batch = pad_right(rows)
     assert batch["input_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
     assert batch["labels"].tolist() == [[0, 1, 2], [0, -100, -100]]
+
+
+def test_the_rows_of_both_recipes_train(tmp_path):
+    """LongQLoRA's {text} and {input, output}, the 80K recipe's {conversations} with roles; by weight, cap and cache."""
+    config = TrainConfig.from_dict(
+        {
+            "model": {"name": "demo"},
+            "data": {
+                "data_root": str(ROWS),
+                "train": {"longqlora-pretrain.jsonl": 1, "longqlora-sft.jsonl[1]": 2, "llama3-80k.jsonl": 1},
+                "template": "vicuna",
+                "length": 512,
+                "pack": False,
+                "cache": str(tmp_path / "cache"),
+            },
+            "lora": {"r": 2},
+            "training": {
+                "max_steps": 12,
+                "per_device_train_batch_size": 2,
+                "learning_rate": 5e-3,
+                "logging_steps": 1,
+                "use_cpu": True,
+            },
+            "output": str(tmp_path / "out"),
+        }
+    )
+    folder = train(config)
+    counts = {count["name"]: count for count in read_record(folder)["data"]}
+    assert counts["longqlora-sft.jsonl[1]"]["documents"] == 2
+    for name in ("longqlora-pretrain.jsonl", "llama3-80k.jsonl"):
+        lines = len((ROWS / name).read_text().splitlines())
+        assert counts[name]["documents"] + counts[name]["long"] == lines
+    assert counts["llama3-80k.jsonl"]["trained"] < counts["llama3-80k.jsonl"]["tokens"]
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    losses = [step["loss"] for step in history if "loss" in step]
+    assert len(losses) == 12
+    assert sum(losses[-3:]) < 0.6 * sum(losses[:3])  # six rows, each read four times

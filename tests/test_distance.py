@@ -1,12 +1,16 @@
 """What a model cannot see costs nothing to lose; what it uses costs something."""
 
+import json
+
 import torch
 
 from longpatch import convert_model
 from longpatch.cli import main
 from longpatch.cli.eval.distance import farthest_used
+from longpatch.data.documents import Encoder
+from longpatch.data.sources import Source
 from longpatch.demo import load
-from longpatch.evaluation.distance import distance_losses, doubling, windows
+from longpatch.evaluation.distance import answers, distance_losses, doubling, windows
 from longpatch.report.summary import Cell, Row
 from longpatch.results import read_records
 from tests.tiny import random_ids, tiny_llama
@@ -72,3 +76,19 @@ def test_the_command(tmp_path, capsys):
     assert records[0]["value"] == read[1][2] - read[0][2]
     assert main([*arguments, "--distances", "136"]) == 2
     assert "less than length - scored = 136" in capsys.readouterr().err
+
+
+def test_of_rows_the_last_answer_counts(tmp_path, capsys):
+    _, tokenizer = load()
+    turns = [("user", "It was dark. " * 30 + "Was it?"), ("assistant", "Yes."), ("user", "How?"), ("assistant", "So.")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    ((window, scored),) = answers([Encoder(tokenizer)((0, Source("", row)))], tokenizer.bos_token_id)
+    assert tokenizer.decode(window[-scored:]) == "So.<s>"
+    assert tokenizer.decode(window).startswith("It was dark.")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(row)}\n" * 3 + json.dumps({"text": "Not a conversation."}))
+    arguments = ["eval", "distance", "demo", str(path), "--no-convert", "--length", "200", "--distances", "16", "64"]
+    assert main(arguments) == 0
+    assert "samples 3" in capsys.readouterr().out
+    assert main([*arguments[:6], "512", "--distances", "256"]) == 2
+    assert "no text has 512 tokens" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from longpatch.data.binary import sidecar, write_binary
 from longpatch.data.settings import DataSection
 from longpatch.data.tokenize import tokenize
 from longpatch.demo import load
+from longpatch.evaluation.documents import read_documents
 
 GOOD = '{"text": "a good row"}\n\n{"input": "a good", "output": "row"}\n'
 LINES = {  # what stands in line 4 of a file: what is said about it
@@ -124,6 +125,18 @@ def test_wrong_token_files(folder, tokenizer):
     refused(folder, tokenizer, "no usable description", read, folder, tokenizer, "tokens.bin", pack=True)
     sidecar(path).unlink()
     refused(folder, tokenizer, "no usable description", read, folder, tokenizer, "tokens.bin", pack=True)
+
+
+def test_evaluations_refuse_wrong_token_files_too(folder, tokenizer):
+    path = folder / "tokens.bin"
+    np.arange(100).astype(np.uint16).tofile(path)
+    (document,) = read_documents([path])
+    assert document.ids(tokenizer, 50).tolist() == list(range(50))  # as published ones are
+    np.array([1, 5000]).astype(np.uint16).tofile(path)
+    refused(folder, tokenizer, "holds the id 5000", document.ids, tokenizer)
+    write_binary(path, np.arange(100), tokenizer)
+    sidecar(path).write_text(json.dumps(json.loads(sidecar(path).read_text()) | {"tokenizer": "0123"}))
+    refused(folder, tokenizer, "made with another tokenizer", document.ids, tokenizer)
 
 
 def test_wrong_settings_are_told_together():

@@ -23,24 +23,24 @@ BLOCK = '"""'
 
 def run(conversation: Conversation, ask: Callable[[str], str] | None = None, status: TextIO | None = None) -> None:
     """Read messages and commands with `ask(prompt)` until it raises EOFError; `status` gets all but the answers."""
-    ask, status = ask or input, status or sys.stderr
+    ask, shown = ask or input, status or sys.stderr
     while True:
         try:
             line = message(ask)
         except EOFError:
             return
         except KeyboardInterrupt:
-            print("\n/exit leaves, /help tells the rest", file=status)
+            print("\n/exit leaves, /help tells the rest", file=shown)
             continue
         try:
             if line == "/exit":
                 return
             if line.startswith("/"):
-                command(conversation, line, status)
+                command(conversation, line, shown)
             elif line.strip():
-                answer(conversation, line, status)
+                answer(conversation, line, shown)
         except LongpatchError as error:
-            print(error, file=status)
+            print(error, file=shown)
 
 
 def message(ask: Callable[[str], str]) -> str:

@@ -114,7 +114,11 @@ def read_binary(path: str | Path, tokenizer: Any, described: bool = True) -> np.
 def _description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(sidecar(path).read_text(encoding="utf-8"))
-        description["dtype"], description["vocabulary"] + 0, description["tokens"] + 0
+        if (
+            not all(isinstance(description[name], int) for name in ("vocabulary", "tokens"))
+            or "dtype" not in description
+        ):
+            raise TypeError("dtype, vocabulary or tokens is none")
         path.stat()
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{path} has no usable description {sidecar(path).name}: {error!r}"

@@ -5,7 +5,8 @@ from typing import Any
 from ..errors import LongpatchError
 
 SUPPORTED = (
-    "{text}; {messages: [{role, content}, ...]}; {conversations: [{from, value}, ...]}; {input or instruction, output}"
+    "{text}; {messages: [{role, content}, ...]}; {conversations: [{from, value} or {role, content}, ...]}; "
+    "{input or instruction, output}"
 )
 ROLES = ("system", "user", "assistant", "tool")
 SPEAKERS = {role: role for role in ROLES} | {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing"), "assistant")
@@ -16,14 +17,16 @@ Messages = list[dict[str, str]]
 def read_row(place: str, row: dict[str, Any]) -> str | Messages:
     """A text that is trained throughout, or messages of which the answers are.
 
+    An answer that comes before anything was asked is left out, as ShareGPT's rows have it.
+
     Raises:
         LongpatchError: naming the row's `place` and everything that is wrong with it.
     """
     reasons: list[str] = []
     if "messages" in row:
-        read = _turns(row, "messages", "role", "content", {role: role for role in ROLES}, reasons)
+        read = _turns(row, "messages", reasons)
     elif "conversations" in row:
-        read = _turns(row, "conversations", "from", "value", SPEAKERS, reasons)
+        read = _turns(row, "conversations", reasons)
     elif "output" in row and ("instruction" in row or "input" in row):
         read = _question(row, reasons)
     elif "text" in row:
@@ -50,11 +53,14 @@ def _question(row: dict[str, Any], reasons: list[str]) -> Messages:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
 
 
-def _turns(
-    row: dict[str, Any], field: str, role_name: str, text_name: str, roles: dict[str, str], reasons: list[str]
-) -> Messages:
+def _turns(row: dict[str, Any], field: str, reasons: list[str]) -> Messages:
     turns = row[field]
-    if not isinstance(turns, list) or not turns:
+    first = turns[0] if isinstance(turns, list) and turns else None
+    if field == "messages" or (isinstance(first, dict) and "role" in first):
+        role_name, text_name, roles = "role", "content", {role: role for role in ROLES}
+    else:
+        role_name, text_name, roles = "from", "value", SPEAKERS
+    if first is None:
         reasons.append(f"{field}={_short(turns)} must be a list of {{{role_name}, {text_name}}}")
         return []
     messages = []
@@ -72,6 +78,8 @@ def _turns(
             reasons.append(f"{name}.{text_name} is empty")
         else:
             messages.append({"role": roles[role], "content": text})
+    asked = next((place for place, message in enumerate(messages) if message["role"] == "user"), 0)
+    messages = [message for place, message in enumerate(messages) if place >= asked or message["role"] != "assistant"]
     if not reasons and not any(message["role"] == "assistant" for message in messages):
         reasons.append(f"{field} holds no answer to learn")
     return messages

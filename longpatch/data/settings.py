@@ -60,7 +60,7 @@ class DataSection:
                 reasons.append(f"{name}={value!r} must be a path, a list of paths or {{path: weight}}")
                 continue
             try:
-                parse_parts(value)
+                parse_parts(paths)
             except LongpatchError as error:
                 reasons += [f"{name}: {reason}" for reason in error.reasons]
         if not reasons and self.min_length > self.length:
