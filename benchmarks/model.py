@@ -3,7 +3,8 @@
 The shape is SmolLM2-135M's (30 layers, hidden 576, FFN 1536, 9 query and 3 key heads of 64, vocabulary 49,152) with
 random weights, or that of the model in the package; float32, window 1,024 or 256. What is timed is CPU time (of all
 threads, so one is used), to which other programs on a busy machine add least; look at the ratios all the same. A
-forward of 1,024 tokens and decoding far out run on 10 of the 30 layers, all alike, a prefill of 32,768 on one.
+forward of 1,024 tokens and decoding far out run on 10 of the 30 layers, which are all alike, a prefill of 32,768 on
+one.
 """
 
 import argparse
@@ -161,11 +162,10 @@ def prefill_peers() -> list[Peer]:
     text = ids(PREFILL)
 
     def verify():
-        """In one go as in chunks; an eighth of the text goes round the ring three times."""
-        cache, start = LambdaCache(converted.config), text[:, : PREFILL // 8]
-        for chunk in start.split(CHUNK, dim=1):
-            part = converted(chunk, past_key_values=cache, logits_to_keep=1)
-        close(converted(start, logits_to_keep=1).logits, part.logits)
+        cache = LambdaCache(converted.config)
+        for start in range(0, PREFILL, CHUNK):
+            part = converted(text[:, start : start + CHUNK], past_key_values=cache, logits_to_keep=1)
+        close(converted(text, logits_to_keep=1).logits, part.logits)
 
     return [
         Peer("original", partial(model, text, logits_to_keep=1), lambda: None),
