@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from .adapter import base_name, is_adapter, load_adapter
 from .convert import convert_model
@@ -85,13 +85,12 @@ def from_pretrained(
         folder, file = _locate(_base(name))
         config = AutoConfig.from_pretrained(folder, **file)
         if getattr(config, "longpatch", None) is None:
-            reason, supported = (
-                f"{name!r} was saved with no longpatch settings",
-                "convert_model(model, local_branch=...)",
-            )
-            raise LongpatchError("from_pretrained", [reason], supported)
-        dtype = dtype or config.dtype or torch.float32
-        return convert_model(_load(name, dtype, adapter, device_map, quantization, tensor_parallel))
+            reason = f"{name!r} was saved with no longpatch settings"
+            raise LongpatchError("from_pretrained", [reason], "convert_model(model, local_branch=...)")
+        stored: Any = config.dtype
+        return convert_model(
+            _load(name, dtype or stored or torch.float32, adapter, device_map, quantization, tensor_parallel)
+        )
 
 
 @contextmanager
