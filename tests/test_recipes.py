@@ -87,8 +87,9 @@ def test_the_trainer_takes_a_recipe(name, tmp_path):
 
 def test_changes_and_mistakes_are_named(tmp_path):
     recipe = RECIPES["cpu-demo"]
-    config = read_config(recipe, ["data.length=512", "rope={theta: 80000.0}", "training.learning_rate=1e-3"])
-    assert (config.data.length, config.rope.theta, config.training["learning_rate"]) == (512, 80_000.0, 1e-3)
+    config = read_config(recipe, ["data.length=512", "training.save_strategy=no", "training.learning_rate=1e-3"])
+    assert config.data.length == 512
+    assert (config.training["save_strategy"], config.training["learning_rate"]) == ("no", 1e-3)
     wrong = ["lora.rank=3", "model.attention=sparse", "data.length=1", "training.learning=1", "rope.method=pi"]
     with pytest.raises(LongpatchError) as error:
         read_config(recipe, wrong)

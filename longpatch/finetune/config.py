@@ -54,7 +54,7 @@ class TrainConfig:
             reasons.append(f"output={output!r} must be a folder")
         training = values.get("training") or {}
         if isinstance(training, dict):
-            training = {name: _number(value) for name, value in training.items()}
+            training = {name: _as_meant(name, value) for name, value in training.items()}
         reasons += training_reasons(training)
         if not reasons:
             reasons += _contradictions(built["model"], built["data"], training)
@@ -88,8 +88,10 @@ def _change(values: Any, change: str) -> None:
     values[last] = yaml.safe_load(value)
 
 
-def _number(value: Any) -> Any:
-    """YAML takes 1e-3, without a dot, for text."""
+def _as_meant(name: str, value: Any) -> Any:
+    """YAML takes 1e-3, without a dot, for text, and `no` for false."""
+    if value is False and name.endswith("_strategy"):
+        return "no"
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
