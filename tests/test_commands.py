@@ -10,6 +10,7 @@ import pytest
 
 from longpatch.cli import main
 from longpatch.cli.eval import COMMANDS
+from longpatch.demo import load
 from longpatch.evaluation.metrics import bleu, comet, sentence_bleu, similarity
 from longpatch.evaluation.prompts import Answerer
 from tests.evaluating import STORY, WINDOW, values, write_rows
@@ -143,12 +144,17 @@ def test_topics_and_lines_from_longevals_files(ask, tmp_path):
     rows = [
         {"topics": ["bees", "tides"], "prompt": "USER: I would like to discuss the topic of bees. What was it?"},
         {"expected_number": 31, "prompt": "line a: REGISTER_CONTENT is <31>\nWhich?"},
+        {"expected_number": 3, "prompt": "line a: REGISTER_CONTENT is <3>\nWhich?"},  # 31 holds a 3, and is none
     ]
     write_rows(tmp_path / "rows.jsonl", rows)
     arguments = ["--new-tokens", "2", "--baseline", "constant:The bees. 31"]
     read = ask("topic", "demo", *WINDOW, "--rows", "rows.jsonl", *arguments)
-    assert [(r["settings"]["task"], r["settings"]["length"]) for r in read[2:]] == [("topic", 2), ("line", 1)]
-    assert values(read, "correct")[2:] == [1, 1]
+    assert [(r["settings"]["task"], r["settings"]["length"]) for r in read[3:]] == [
+        ("topic", 2),
+        ("line", 1),
+        ("line", 1),
+    ]
+    assert values(read, "correct")[3:] == [1, 1, 0]
     made = ask("topic", "demo", *WINDOW, "--topics", "1", "--lines", "2", "--trials", "1", *arguments, out="made.jsonl")
     assert [(r["settings"]["task"], r["settings"]["length"]) for r in made[:2]] == [("topic", 1), ("line", 2)]
 
@@ -160,8 +166,10 @@ def test_questions_get_the_best_of_their_references(ask, tmp_path, prompts):
     found = ask("qa", "demo", "rows.jsonl", *WINDOW, *arguments)
     assert [r["value"] for r in found if r["settings"]["arm"].startswith("constant")] == [1, 1]
     assert found[-1]["sample"] == {"row": "q"}
-    begin, end = STORY[:20], STORY.rstrip()[-12:]
-    assert all(begin in prompt and end in prompt and STORY not in prompt for prompt in prompts)
+    _, tokenizer = load()
+    ids = tokenizer.encode(STORY * 4, add_special_tokens=False)
+    kept = " ".join(tokenizer.decode(part) for part in (ids[:10], ids[-10:]))
+    assert all(f"Article: {kept} Question: What was seen?" in prompt for prompt in prompts)
     assert all(prompt.endswith("<Answer>") for prompt in prompts)
     (tmp_path / "chat.jinja").write_text("{% for m in messages %}USER: {{ m.content }} {% endfor %}BOT:")
     ask("qa", "demo", "rows.jsonl", "--new-tokens", "1", "--chat-template", "chat.jinja", out="chat.jsonl")
@@ -191,6 +199,7 @@ def test_bleu_of_languages_without_blanks():
     answers, references = ["我喜欢这本书。", "他回家了"], ["我喜欢那本书。", "他已经回家了"]
     assert bleu(answers, references, "zh") == sacrebleu.corpus_bleu(answers, [references], tokenize="zh").score > 0
     assert sentence_bleu(answers[0], references[0], "zh") > sentence_bleu(answers[0], references[0]) == 0
+    assert sentence_bleu("two words", "two words") == sacrebleu.sentence_bleu("two words", ["two words"]).score > 99
 
 
 SEGMENTS = [{"zh": f"看，第{number}条船", "en": f"Look, the ship number {number} goes home"} for number in range(4)]
