@@ -3,7 +3,15 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.15", "pyright>=1.1.400", "triton>=3.6"],
+    "test": [
+        "openai>=2",
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
+        "ruff>=0.15",
+        "pyright>=1.1.400",
+        "triton>=3.6",
+    ],
     "endpoint": ["openai>=2"],
     "eval": ["openai>=2", "lm-eval>=0.4.13", "sacrebleu>=2.5", "rouge-score>=0.1.2"],
     "gguf": ["gguf>=0.10"],
@@ -33,6 +41,7 @@ setup(
         "transformers>=5.17,<6",
         "peft>=0.19",
         "accelerate>=1.1",
+        "jinja2>=3.1",
         "pyyaml>=6",
         "safetensors>=0.5",
         "einops>=0.8",

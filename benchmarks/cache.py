@@ -3,9 +3,10 @@
     python -m benchmarks.cache                          # the shape of SmolLM2-135M, 16,384 tokens, float32
     python -m benchmarks.cache --tokens 4096 --new 16
 
-Random weights: time does not depend on them. Both caches hold the same tokens and take turns, one token each; their
+Random weights: time does not depend on them. What is timed is CPU time of all threads, so that other programs on a
+busy machine add least; use one thread. Both caches hold the same tokens and take turns, one token each; their
 logits are compared before a time is printed. Peak memory is that of a fresh process that fills one cache in chunks of
-512 tokens and adds `--new` more one by one, over what it had before.
+2,048 tokens and adds `--new` more one by one, over what it had before.
 """
 
 import argparse
@@ -20,8 +21,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.training_memory import memory_changes
 from longpatch import PreallocatedCache
-from longpatch.results import record, write_records
+from longpatch.results import read_records, record, write_records
 
 COMMAND = "benchmarks.cache"
 SHAPE = {
@@ -34,7 +36,7 @@ SHAPE = {
     "vocab_size": 49_152,
     "tie_word_embeddings": True,
 }
-CHUNK = 512
+CHUNK = 2048
 LARGE = 1 << 20  # bytes from which an allocation counts
 
 
@@ -77,62 +79,75 @@ def decode(arguments):
     model = LlamaForCausalLM(config).eval()
     caches = {kind: make_cache(kind, config, arguments.tokens + arguments.new + 2) for kind in KINDS}
     for cache in caches.values():
-        fill(cache, config, arguments.tokens)
+        fill(cache, config, arguments.tokens, count=arguments.tokens)
     ids = torch.randint(0, config.vocab_size, (1, arguments.new + 2))
     times = {kind: [] for kind in KINDS}
     for step in range(arguments.new + 1):
         logits = {}
         for kind, cache in caches.items():
-            began = time.perf_counter()
+            began = time.process_time()
             logits[kind] = model(ids[:, step : step + 1], past_key_values=cache).logits
             if step:  # the first is warm-up
-                times[kind].append(1000 * (time.perf_counter() - began))
+                times[kind].append(1000 * (time.process_time() - began))
         torch.testing.assert_close(logits["preallocated"], logits["growing"], atol=1e-4, rtol=1e-4)
     allocations = {}
     for kind, cache in caches.items():
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             model(ids[:, -1:], past_key_values=cache)
-        taken = [event.cpu_memory_usage for event in profiler.events() or () if event.name == "[memory]"]
-        allocations[kind] = sum(size >= LARGE for size in taken)
+        allocations[kind] = sum(size >= LARGE for size in memory_changes(profiler))
     return times, allocations
 
 
 KINDS = ("growing", "preallocated")
 
 
+def measure_memory(arguments):
+    """Records of peak memory, of either cache in a process of its own."""
+    formula = PreallocatedCache.memory_bytes(LlamaConfig(**SHAPE), arguments.tokens + arguments.new)
+    for kind in KINDS:
+        peak = peak_of(kind, arguments)
+        print(f"{kind:<13}peak {peak / 2**20:,.0f} MiB = {peak / formula:.3f} of the formula")
+        settings = {"cache": kind, "tokens": arguments.tokens, "new": arguments.new}
+        yield record(COMMAND, "smollm2-shape", "peak_memory", peak, "B", 1, **settings)
+        yield record(COMMAND, "smollm2-shape", "peak_memory_to_formula", peak / formula, "1", 1, **settings)
+
+
+def measure_decode(arguments):
+    """Records of time and allocations a token."""
+    times, allocations = decode(arguments)
+    shared = {"tokens": arguments.tokens, "threads": torch.get_num_threads()}
+    for kind in KINDS:
+        median, count = statistics.median(times[kind]), len(times[kind])
+        p20, *_, p80 = statistics.quantiles(times[kind], n=5)
+        print(
+            f"{kind:<13}{median:>8.1f} ms a token (p20 {p20:.1f}, p80 {p80:.1f}), "
+            f"{allocations[kind]} allocations of 1 MiB or more a token"
+        )
+        yield record(COMMAND, "smollm2-shape", "latency", median, "ms", count, cache=kind, **shared)
+        yield record(COMMAND, "smollm2-shape", "large_allocations", allocations[kind], "1", 1, cache=kind, **shared)
+    ratio = statistics.median(a / b for a, b in zip(times["growing"], times["preallocated"], strict=True))
+    print(f"preallocated is {ratio:.2f} times as fast (median of {len(times['growing'])} pairs)")
+    yield record(COMMAND, "smollm2-shape", "speedup", ratio, "1", len(times["growing"]), **shared)
+
+
+PARTS = {"memory": measure_memory, "decode": measure_decode}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--new", type=int, default=32, help="tokens decoded, one by one")
+    parser.add_argument("--only", choices=PARTS, help="one part; the other's records in --out stay")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cache.jsonl"), metavar="JSONL")
     parser.add_argument("--memory", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
         print(memory(arguments.memory, arguments.tokens, arguments.new))
         return
-    formula = PreallocatedCache.memory_bytes(LlamaConfig(**SHAPE), arguments.tokens + arguments.new)
-    peaks = {kind: peak_of(kind, arguments) for kind in KINDS}
-    times, allocations = decode(arguments)
-    settings = {"tokens": arguments.tokens, "threads": torch.get_num_threads()}
-    records = []
-    for kind in KINDS:
-        median = statistics.median(times[kind])
-        p20, *_, p80 = statistics.quantiles(times[kind], n=5)
-        print(
-            f"{kind:<13}{median:>8.1f} ms a token (p20 {p20:.1f}, p80 {p80:.1f}), {allocations[kind]} allocations of "
-            f"1 MiB or more a token, peak {peaks[kind] / 2**20:,.0f} MiB = {peaks[kind] / formula:.3f} of the formula"
-        )
-        for metric, value, unit, n in (
-            ("latency", median, "ms", len(times[kind])),
-            ("peak_memory", peaks[kind], "B", 1),
-            ("peak_memory_to_formula", peaks[kind] / formula, "1", 1),
-            ("large_allocations", allocations[kind], "1", 1),
-        ):
-            records.append(record(COMMAND, "smollm2-shape", metric, value, unit, n, cache=kind, **settings))
-    ratio = statistics.median(a / b for a, b in zip(times["growing"], times["preallocated"], strict=True))
-    print(f"preallocated is {ratio:.2f} times as fast (median of {len(times['growing'])} pairs)")
-    records.append(record(COMMAND, "smollm2-shape", "speedup", ratio, "1", len(times["growing"]), **settings))
-    write_records(arguments.out, records)
+    records = [line for part in PARTS if arguments.only in (None, part) for line in PARTS[part](arguments)]
+    measured = {line["metric"] for line in records}
+    before = read_records(arguments.out) if arguments.out.exists() else []
+    write_records(arguments.out, [line for line in before if line["metric"] not in measured] + records)
 
 
 if __name__ == "__main__":

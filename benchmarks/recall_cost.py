@@ -63,7 +63,7 @@ def filled(model: LlamaForCausalLM, evicted: int, share: bool) -> LambdaCache:
     total = evicted + settings.local_branch + settings.global_branch
     model.base_model(torch.ones(1, 2, dtype=torch.long), past_key_values=cache)
     for layer in cache.layers:
-        layer._make_room(2, layer.ring_size - 2)
+        layer._make_room(layer.ring_size)
         layer.keys.normal_()
         layer.values.normal_()
     first = None

@@ -9,6 +9,7 @@ system is more, on a CPU up to twice that, since freed memory is not at once of 
 """
 
 import argparse
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -33,6 +34,13 @@ def learner(config):
     return model.train(), torch.optim.AdamW(learned), len(tokenizer)
 
 
+def memory_changes(profiler):
+    """Bytes of each allocation, negative where memory was freed, in the order of time."""
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return [size for _, size in changes]
+
+
 def measure(model, optimizer, vocabulary, batch, length):
     """Bytes at the peak of one step on `batch` rows of `length` tokens."""
 
@@ -48,13 +56,7 @@ def measure(model, optimizer, vocabulary, batch, length):
     fixed = sum({storage.data_ptr(): storage.nbytes() for storage in kept}.values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         backward(length)
-    assert profiler.profiler is not None
-    events = profiler.profiler.kineto_results.events()
-    held = peak = 0
-    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
-        held += change
-        peak = max(peak, held)
-    return fixed + peak
+    return fixed + max(accumulate(memory_changes(profiler)))
 
 
 def main():

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from .adapter import base_name, is_adapter, load_adapter
 from .convert import convert_model
@@ -84,13 +85,12 @@ def from_pretrained(
         folder, file = _locate(_base(name))
         config = AutoConfig.from_pretrained(folder, **file)
         if getattr(config, "longpatch", None) is None:
-            reason, supported = (
-                f"{name!r} was saved with no longpatch settings",
-                "convert_model(model, local_branch=...)",
-            )
-            raise LongpatchError("from_pretrained", [reason], supported)
-        dtype = dtype or config.dtype or torch.float32
-        return convert_model(_load(name, dtype, adapter, device_map, quantization, tensor_parallel))
+            reason = f"{name!r} was saved with no longpatch settings"
+            raise LongpatchError("from_pretrained", [reason], "convert_model(model, local_branch=...)")
+        stored: Any = config.dtype
+        return convert_model(
+            _load(name, dtype or stored or torch.float32, adapter, device_map, quantization, tensor_parallel)
+        )
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def _load(name: str, dtype: torch.dtype, adapter, device_map, quantization: str,
     if device_map is not None:
         options["device_map"] = device_map
     if tensor_parallel:
-        options["tp_plan"] = "auto"
+        options["distributed_config"] = DistributedConfig(tp_plan="auto")
     folder, file = _locate(_base(name))
     if quantization == "none":
         model = _from_gguf(folder, file, options) if file else _from_folder(folder, options)

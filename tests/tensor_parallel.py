@@ -1,19 +1,18 @@
-"""One of the processes of a tensor-parallel model; run by test_around.py with a model folder and a file to write."""
+"""One process of a tensor-parallel model; run by test_around.py with a converted model's folder and a file to write."""
 
 import sys
 
 import torch
 import torch.distributed
-from transformers import AutoModelForCausalLM
 
-from longpatch import convert_model
+from longpatch import from_pretrained
 from tests.tiny import random_ids
 
 
 def main(folder: str, output: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    model = convert_model(AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto"), 12, 3, slack=8).eval()
+    model = from_pretrained(folder, tensor_parallel=True)
     ids = random_ids(1, 40)
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits

@@ -79,8 +79,9 @@ def test_adapters_are_trained_merged_and_unloaded(after):
 
 @pytest.fixture
 def folder(tmp_path):
-    # quantised layers work on blocks of 64
-    tiny_llama(hidden_size=64, intermediate_size=128, num_attention_heads=4).save_pretrained(tmp_path)
+    # quantised layers work on blocks of 64, processes share out the vocabulary
+    model = tiny_llama(hidden_size=64, intermediate_size=128, num_attention_heads=4, vocab_size=98)
+    model.save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -270,6 +271,7 @@ def test_tensor_parallel_over_two_processes(folder, tmp_path):
     """`tp_plan="auto"`: heads are split, so each process has half of every cache."""
     reference = converted(LlamaForCausalLM.from_pretrained(folder))
     expected = reads_and_writes(reference)
+    reference.save_pretrained(folder)
     program = Path(__file__).with_name("tensor_parallel.py")
     run_processes([program, folder, tmp_path / "out.pt"], tmp_path / "logs")
     result = torch.load(tmp_path / "out.pt", weights_only=True)

@@ -1,7 +1,9 @@
 """Files become rows: every token once, labels where they belong, wrong input named by file and line."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -199,6 +201,26 @@ def test_a_mixture_takes_what_it_says_of_each_part(tmp_path, tokenizer):
     assert read({"a.jsonl": 1, "b.jsonl[5]": 1, "c.jsonl[10]": 2.5}) == mixed
     assert read(["b.jsonl[5]"]) == parts["b"]
     assert read(["b.jsonl[5]"], seed=1) != parts["b"]
+
+
+def test_a_hub_data_set_is_streamed_capped_and_comes_last(tmp_path, tokenizer, monkeypatch):
+    class Stream(list):
+        def shuffle(self, seed):
+            return Stream(reversed(self))
+
+    asked = []
+    found = Stream({"text": f"h {number}."} for number in range(5))
+    load_dataset = lambda name, split, streaming: asked.append((name, split, streaming)) or found  # noqa: E731
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    write(tmp_path / "a.jsonl", [{"text": "a 0."}])
+    settings = section(pack=False, data_root=str(tmp_path), cache=str(tmp_path / "cache"))
+    rows = load_rows(["hub:some/name:test[2]", "a.jsonl"], settings, tokenizer)
+    texts = [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows]
+    assert texts == ["a 0.", "h 4.", "h 3."]
+    assert asked == [("some/name", "test", True)]
+    found[4] = {"text": 4}
+    with pytest.raises(LongpatchError, match=r"hub:some/name:test:0: text=4 must be a string"):
+        load_rows(["hub:some/name:test[2]"], settings, tokenizer)
 
 
 def test_the_cache_is_read_until_content_or_settings_change(tmp_path, tokenizer, monkeypatch):

@@ -62,6 +62,7 @@ SOURCES = {
         "model.name": "demo",
         "model.quantization": "nf4",
         "model.attention": "shifted",
+        "rope.theta": 80_000.0,
         "rope.target_length": 1024,
         "training.use_cpu": True,
     },
@@ -86,8 +87,8 @@ def test_the_trainer_takes_a_recipe(name, tmp_path):
 
 def test_changes_and_mistakes_are_named(tmp_path):
     recipe = RECIPES["cpu-demo"]
-    config = read_config(recipe, ["data.length=512", "rope={theta: 80000.0}", "lora.targets=[q_proj]"])
-    assert (config.data.length, config.rope.theta, config.lora.targets) == (512, 80_000.0, ["q_proj"])
+    config = read_config(recipe, ["data.length=512", "rope={theta: 80000.0}", "training.learning_rate=1e-3"])
+    assert (config.data.length, config.rope.theta, config.training["learning_rate"]) == (512, 80_000.0, 1e-3)
     wrong = ["lora.rank=3", "model.attention=sparse", "data.length=1", "training.learning=1", "rope.method=pi"]
     with pytest.raises(LongpatchError) as error:
         read_config(recipe, wrong)

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from benchmarks.straight import generator_run, straight_loop
 from longpatch import LongpatchError, TempLoraGenerator, convert_model, temp_lora
 from longpatch.cli import main
 from longpatch.results import read_records
@@ -206,3 +207,19 @@ def test_an_encoder_or_something_else_is_refused():
     for model in (torch.nn.Linear(2, 2), None):
         with pytest.raises(LongpatchError, match="not a model of transformers"):
             TempLoraGenerator(model)
+
+
+def test_the_straight_loop_with_peft_loses_the_same():
+    """What the benchmark compares with learns what the generator learns, chunk for chunk."""
+    model, text = model_with_end(), random_ids(1, 60)[0]
+    settings = {"chunk": 9, "context": 16, "rank": 4, "rate": 1e-3, "epochs": 2}
+    before = snapshot(model)["state"]
+    ours, _, _ = generator_run(model, text, grad=True, **settings)
+    theirs, _ = straight_loop(model, text, **settings)
+    assert len(ours) == len(theirs) == 4
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    detached, _, _ = generator_run(model, text, grad=False, **settings)
+    assert detached[0] == pytest.approx(ours[0], rel=1e-5)
+    assert detached[1:] != pytest.approx(ours[1:], rel=1e-7)
+    after = snapshot(model)["state"]
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

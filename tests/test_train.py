@@ -136,3 +136,21 @@ def test_two_processes_have_the_losses_of_one(folder):
     train(read_config(one))
     finished(process)
     torch.testing.assert_close(losses(folder / "two"), losses(folder / "one"), atol=1e-5, rtol=0)
+
+
+def test_a_prompt_without_gradient_trains_the_answer_alone(folder):
+    rows = [{"input": WORDS * 2, "output": f"Number {i}."} for i in range(4)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curves = []
+    for prompt_grad in (True, False):
+        sections = {
+            "model": {"attention": "full"},
+            "lora": {"dropout": 0.0},
+            "data": {"train": str(folder / "rows.jsonl"), "pack": False, "bos": False, "prompt_grad": prompt_grad},
+            "training": {"save_strategy": "no"},
+        }
+        train(read_config(write_config(folder, f"prompt-{prompt_grad}", steps=3, batch=1, **sections)))
+        curves.append(losses(folder / f"prompt-{prompt_grad}"))
+    assert curves[0][0] == pytest.approx(curves[1][0], abs=1e-4)  # the same losses,
+    assert curves[0][2] != pytest.approx(curves[1][2], abs=1e-4)  # other gradients,
+    assert curves[1][2] < curves[1][0]  # that teach

@@ -53,6 +53,8 @@ class TrainConfig:
         if not isinstance(output, str | Path):
             reasons.append(f"output={output!r} must be a folder")
         training = values.get("training") or {}
+        if isinstance(training, dict):
+            training = {name: _number(value) for name, value in training.items()}
         reasons += training_reasons(training)
         if not reasons:
             reasons += _contradictions(built["model"], built["data"], training)
@@ -84,6 +86,14 @@ def _change(values: Any, change: str) -> None:
     if not equals or not isinstance(values, dict):
         raise LongpatchError(CALL, [f"{change!r} changes nothing"], "SECTION.NAME=VALUE, as in data.length=2048")
     values[last] = yaml.safe_load(value)
+
+
+def _number(value: Any) -> Any:
+    """YAML takes 1e-3, without a dot, for text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _section(name: str, section: type, values: Any, reasons: list[str]) -> Any:

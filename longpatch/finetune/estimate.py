@@ -152,7 +152,8 @@ def _kept(model: nn.Module, length: int) -> int:
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         base: Any = model.get_base_model()
-        hidden = base.base_model(input_ids=ids, use_cache=False)[0]
+        decoder = base.base_model
+        hidden = decoder(input_ids=ids, use_cache=False)[0]
     total = sum(storage.nbytes() for storage in storages.values())
     del hidden
     return total

@@ -10,6 +10,8 @@ from .blocks import BlockIndex
 from .segment import Segment
 from .settings import SEGMENT_TOKENS, Recall
 
+FEW = 256  # starts that are fetched one by one
+
 
 class Memory:
     """Keys, turned back to position 0, and values of tokens, counted from each row's first one after the sinks.
@@ -109,6 +111,8 @@ class Memory:
     def fetch(self, name: str, starts: Tensor, block_tokens: int, dtype: torch.dtype) -> Tensor:
         """`keys` or `values` [B, Hkv, r, block_tokens, d] of the tokens that begin at `starts` [B, Hkv, r]."""
         home = self.home
+        if starts.numel() <= FEW:
+            return self._fetch_few(name, starts, block_tokens, dtype)
         starts = starts.to(home)
         number, place = starts // SEGMENT_TOKENS, starts % SEGMENT_TOKENS
         index = place[..., None] + torch.arange(block_tokens, device=home)  # [B, Hkv, r, block_tokens]
@@ -129,6 +133,17 @@ class Memory:
             out[b, h, r] = part
         assert out is not None
         return out
+
+    def _fetch_few(self, name: str, starts: Tensor, block_tokens: int, dtype: torch.dtype) -> Tensor:
+        """The same by slices, one a start: a decode step has no more than that, and a slice costs the least."""
+        found = []
+        for row, heads in enumerate(starts.tolist()):
+            for head, of_head in enumerate(heads):
+                for start in of_head:
+                    number, place = divmod(start, SEGMENT_TOKENS)
+                    segment = self.segments[number] or self._latest  # a forgotten one is only asked for to be masked
+                    found.append(segment.read(name, (row, head, slice(place, place + block_tokens)), dtype))
+        return torch.stack(found).view(*starts.shape, block_tokens, -1)
 
     @property
     def home(self) -> torch.device:

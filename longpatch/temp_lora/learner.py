@@ -204,7 +204,7 @@ class Learner:
         numbers: dict[str, int | float] = {}
         for row, index, held in self._optimizer_states():
             for name, value in held.items():
-                kept = tensors if isinstance(value, Tensor) else numbers
+                kept: dict[str, Any] = tensors if isinstance(value, Tensor) else numbers
                 kept[f"optimizer.{row}.{index}.{name}"] = value
         return tensors, {"rows": self.adapter.rows, "steps": self.steps, "numbers": numbers}
 
