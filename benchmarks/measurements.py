@@ -140,8 +140,7 @@ MEASUREMENTS = [
     Measurement(
         "smollm2-needle",
         "Needle, SmolLM2-135M",
-        "longpatch eval needle smollm2 BOOKS --local-branch 1024 --baseline original"
-        " --lengths 512,1024,2048 --depths 5",
+        "longpatch eval needle smollm2 BOOKS --local-branch 512 --baseline original --lengths 512,1024 --depths 3",
         published=NEEDLE,
         metrics=("rougeL", "match"),
         figure=True,

@@ -103,7 +103,7 @@ def test_the_page_of_results_shows_every_record_with_its_command(tmp_path, monke
     assert "similar" not in needle
     assert (tmp_path / "figures" / "demo-needle.png").stat().st_size > 5000
     assert "| 40 | 40 |" in learned
-    assert "rank" not in learned
+    assert "'rank'" not in learned
 
 
 def test_every_recorded_evaluation_has_its_section():

@@ -149,14 +149,14 @@ def test_sliding_windows_that_score_all():
     assert torch.equal(scores[2].correct, model(ids[None, 16:32]).logits[0].argmax(-1) == ids[17:33])
 
 
-def test_documents(tmp_path):
+def test_documents(tmp_path, demo):
     (tmp_path / "b.txt").write_text("two", encoding="utf-8")
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one", "id": "first"}) + "\n", encoding="utf-8")
     ids = torch.arange(300, 310)
     (tmp_path / "c.bin").write_bytes(b"".join(int(i).to_bytes(2, "little") for i in ids))
     found = read_documents([tmp_path])
     assert [d.name for d in found] == ["first", "b.txt", "c.bin"]
-    assert torch.equal(found[2].ids(None, 5), ids[:5])
+    assert torch.equal(found[2].ids(demo[1], 5), ids[:5])
     assert [d.name for d in read_documents([tmp_path], start=1, limit=1)] == ["b.txt"]
     with pytest.raises(LongpatchError, match="nowhere"):
         read_documents([tmp_path / "nowhere.txt"])
