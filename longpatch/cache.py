@@ -121,10 +121,12 @@ class LambdaLayer(CacheLayerMixin):
         if not decode.sinks:
             return self.keys.narrow(2, 3 * sinks, decode.held), self.values.narrow(2, sinks, decode.held)
         if self.rotated and decode.cos is not None and decode.sin is not None:
-            whole = self.keys.narrow(3, 0, decode.cos.shape[-1])
+            rotary_dim = decode.cos.shape[-1]
+            whole = self.keys if rotary_dim == self.keys.shape[3] else self.keys.narrow(3, 0, rotary_dim)
             still, quarter, turned = (whole.narrow(2, part * sinks, sinks) for part in range(3))
             turned.copy_(torch.addcmul(still * decode.cos, quarter, decode.sin))
-        return self.keys.narrow(2, 2 * sinks, sinks + decode.held), self.values.narrow(2, 0, sinks + decode.held)
+        values = self.values if decode.held == self.ring_size else self.values.narrow(2, 0, sinks + decode.held)
+        return self.keys.narrow(2, 2 * sinks, sinks + decode.held), values
 
     def sinks(self, key: Tensor, value: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Keys and values [B, Hkv, G, d] of the sinks; `key` and `value` are what `update` returned.

@@ -87,28 +87,31 @@ class ExactRotary(nn.Module):
         layout: Callable[[Tensor], Tensor] = halves,
     ):
         super().__init__()
-        # A plain attribute, not a buffer: model.to(bfloat16) would cast a buffer.
+        # Plain attributes, not buffers: model.to(bfloat16) would cast buffers. One number for each dimension as `phase`
+        # has it, and as `forward` does.
         self.frequencies = frequencies.double()
-        self.attention_scaling, self.interleaved, self.layout = attention_scaling, interleaved, layout
+        self.turned, self.shown = (pairs if interleaved else halves)(self.frequencies), layout(self.frequencies)
+        self.attention_scaling, self.interleaved = attention_scaling, interleaved
 
     def phase(self, positions: Tensor) -> Phase:
         """Unscaled rotation by `positions` [1 or B, tokens], which may be negative."""
-        angle = self._angle(positions)
-        angle = pairs(angle) if self.interleaved else halves(angle)
+        self._follow(positions)
+        angle = positions[..., None] * self.turned
         return Phase(angle.cos().float(), angle.sin().float(), self.interleaved)
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin `[1 or B, tokens, rotary_dim]` in the dtype of `x`, with yarn's attention scaling."""
-        angle = self.layout(self._angle(position_ids.to(x.device)))
+        self._follow(x)
+        angle = position_ids.to(x.device)[..., None] * self.shown
         cos, sin = angle.cos(), angle.sin()
         if self.attention_scaling != 1:
             cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
 
-    def _angle(self, positions: Tensor) -> Tensor:
-        if self.frequencies.device != positions.device:
-            self.frequencies = self.frequencies.to(positions.device)
-        return positions[..., None].double() * self.frequencies
+    def _follow(self, states: Tensor) -> None:
+        if self.shown.device != states.device:
+            for name in ("frequencies", "turned", "shown"):
+                setattr(self, name, getattr(self, name).to(states.device))
 
 
 class RotaryByLayerType(nn.Module):
