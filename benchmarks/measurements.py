@@ -173,4 +173,12 @@ MEASUREMENTS = [
         published="Published for other models (LongQLoRA, 8,192 tokens of PG19): Llama-2 above 1,000, LongQLoRA 7.96.",
         records="**/extension*.jsonl",
     ),
+    Measurement(
+        "demo-extended-distance",
+        "Whether the extended small model uses far tokens",
+        f"longpatch eval distance runs/cpu-demo {ALL_BOOKS} --no-convert --length 1024 --limit 15"
+        " --distances 64 128 256 512",
+        text="Cost of losing what lies beyond a distance, in nats a token; below zero, far context does harm.",
+        metrics=("cost",),
+    ),
 ]
