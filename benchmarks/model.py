@@ -10,7 +10,6 @@ one.
 import argparse
 import copy
 import json
-import resource
 import subprocess
 import sys
 from functools import partial
@@ -22,6 +21,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.interleaved import Case, Peer, measure, table
 from longpatch import LambdaCache, convert_model
+from longpatch.evaluation.memory import peak_bytes
 from longpatch.results import record
 
 COMMAND = "benchmarks.model"
@@ -217,7 +217,7 @@ def peak_megabytes(count: int) -> float:
 def print_peak(count: int) -> None:
     _, converted, _ = pair("smollm2", layers=2)
     converted.generate(ids(count), max_new_tokens=2, do_sample=False, prefill_chunk_size=CHUNK)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_bytes() / 2**20)  # not ru_maxrss, which on Linux begins at the peak of the process that started this one
 
 
 @torch.no_grad()
