@@ -138,7 +138,7 @@ def _probe(shape: Any, config: TrainConfig, compute: int) -> tuple[int, float, f
     return learned, first + (total - 1) * layer, layer / 2
 
 
-def _kept(model: nn.Module, length: int) -> int:
+def _kept(model: Any, length: int) -> int:
     """Bytes of activations that autograd keeps for the backward pass of `length` tokens, each storage once."""
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     storages: dict[int, Any] = {}
@@ -151,9 +151,7 @@ def _kept(model: nn.Module, length: int) -> int:
 
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        base: Any = model.get_base_model()
-        decoder = base.base_model
-        hidden = decoder(input_ids=ids, use_cache=False)[0]
+        hidden = model.get_base_model().base_model(input_ids=ids, use_cache=False)[0]
     total = sum(storage.nbytes() for storage in storages.values())
     del hidden
     return total
