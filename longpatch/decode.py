@@ -109,8 +109,9 @@ def _any_bias(config: LambdaConfig, past: int | Tensor, held: int, sinks: int, f
 @functools.lru_cache(maxsize=32)
 def _hidden_run(hidden: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Seen, hidden, seen, [1, 1, 1, width + hidden + width]: every mask with one run of hidden keys is a view of it."""
-    run = torch.zeros(1, 1, 1, 2 * width + hidden, dtype=dtype, device=device)
-    run.narrow(3, width, hidden).fill_(-torch.inf)
+    with torch.inference_mode(False):  # what is kept must serve steps with gradients too
+        run = torch.zeros(1, 1, 1, 2 * width + hidden, dtype=dtype, device=device)
+        run.narrow(3, width, hidden).fill_(-torch.inf)
     return run
 
 

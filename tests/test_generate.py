@@ -11,6 +11,7 @@ from transformers.generation.configuration_utils import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
 from longpatch import LambdaCache, LongpatchError, convert_llama_model
+from longpatch.decode import _hidden_run
 from tests.tiny import random_ids, tiny_llama
 
 WINDOW, SINKS, NEW = 12, 3, 24
@@ -292,3 +293,13 @@ def test_generate_compiles_by_itself_with_a_static_cache():
         actual = model.generate(ids, cache_implementation="static", compile_config=settings, **options)
     assert torch.equal(actual, expected)
     assert len(graphs) == 1
+
+
+def test_a_mask_kept_in_inference_mode_serves_a_step_with_gradients():
+    _hidden_run.cache_clear()
+    with torch.inference_mode():
+        kept = _hidden_run(8, 23, torch.float32, torch.device("cpu"))
+    assert not kept.is_inference()
+    query = torch.ones(1, 2, 1, 64, requires_grad=True)
+    key = torch.ones(1, 2, kept.shape[3], 64)
+    torch.nn.functional.scaled_dot_product_attention(query, key, key, attn_mask=kept).sum().backward()
