@@ -98,7 +98,7 @@ def ask(model, cache: LambdaCache, question: Tensor, answer: Tensor, recall: Rec
     for memory in cache.memories():
         if recall is not None and memory.settings.block_tokens != recall.block_tokens:
             memory.settings = recall
-            memory.index = BlockIndex(memory) if recall.block_tokens > 1 else None
+            memory.index = BlockIndex(recall.block_tokens) if recall.block_tokens > 1 else None
     ids = torch.cat((question, answer[:-1]))
     logits = model(ids[None], past_key_values=cache).logits[0, -len(answer) :]
     cache.crop(-len(ids))

@@ -81,7 +81,7 @@ def filled(model: LlamaForCausalLM, evicted: int, share: bool) -> LambdaCache:
                 memory.append(*torch.randn(2, 1, 3, count, 64), [start])
             if memory.index is not None:
                 blocks = evicted // memory.settings.block_tokens
-                memory.index.until(blocks, blocks, torch.empty(0))
+                memory.representatives(blocks, blocks, torch.empty(0))
         first = first or memory
     return cache
 

@@ -1,14 +1,12 @@
 """What stands for a block of tokens while the best blocks are sought."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from .segment import Segment
 from .settings import SEGMENT_TOKENS
-
-if TYPE_CHECKING:
-    from .memory import Memory
 
 
 class BlockIndex:
@@ -19,29 +17,27 @@ class BlockIndex:
     sees them all at one distance.
     """
 
-    def __init__(self, memory: "Memory"):
-        self.memory, self.done = memory, 0
+    def __init__(self, block_tokens: int):
+        self.block_tokens, self.done = block_tokens, 0  # done: blocks that need no second look
         self.keys: Tensor | None = None  # [B, Hkv, blocks allocated, 2 d]
 
     def crop(self, tokens: int) -> None:
         """Blocks that reach past the first `tokens` tokens are to be looked at anew."""
-        self.done = min(self.done, tokens // self.memory.settings.block_tokens)
+        self.done = min(self.done, tokens // self.block_tokens)
 
-    def until(self, blocks: int, whole: int, like: Tensor) -> Tensor:
-        """Representatives [B, Hkv, blocks, 2 d] of the first `blocks` blocks; `whole` of them are whole in every row.
+    def take(self, pieces: Iterable[tuple[int, int, Segment]], whole: int, like: Tensor) -> None:
+        """Look at stretches of whole blocks (first token, last + 1, their segment), in dtype and on the device of `like`.
 
-        They come in dtype and on the device of `like`.
+        Blocks before the `whole`-th are whole in every row, so that they will not be asked for again.
         """
-        size = self.memory.settings.block_tokens
-        for start, stop, segment in self.memory.pieces(self.done * size, blocks * size - 1, SEGMENT_TOKENS):
+        size, stop = self.block_tokens, self.done * self.block_tokens
+        for start, stop, segment in pieces:
             place = start % SEGMENT_TOKENS
             tokens = (slice(None), slice(None), slice(place, place + stop - start))
             keys = segment.read("keys", tokens, like.dtype).to(like.device).unflatten(2, (-1, size))
             bounds = torch.cat((keys.amax(dim=3), keys.amin(dim=3)), dim=-1)
             self._room(stop // size, bounds)[:, :, start // size : stop // size] = bounds
-        self.done = max(self.done, min(blocks, whole))
-        assert self.keys is not None
-        return self.keys[:, :, :blocks]
+        self.done = max(self.done, min(stop // size, whole))
 
     def _room(self, blocks: int, like: Tensor) -> Tensor:
         held = 0 if self.keys is None else self.keys.shape[2]

@@ -34,7 +34,7 @@ class Memory:
         self.segments: list[Segment | None] = []
         self.lengths: list[int] = []  # tokens of each row
         self.folder: tempfile.TemporaryDirectory | None = None
-        self.index = BlockIndex(self) if self.settings.block_tokens > 1 else None
+        self.index = BlockIndex(self.settings.block_tokens) if self.settings.block_tokens > 1 else None
 
     def append(self, keys: Tensor, values: Tensor, starts: list[int]) -> None:
         """Take in keys, turned back to position 0, and values [B, Hkv, n, d].
@@ -107,6 +107,17 @@ class Memory:
             if segment is not None:
                 yield first, first + count, segment
             first += count
+
+    def representatives(self, blocks: int, whole: int, like: Tensor) -> Tensor:
+        """What stands for the first `blocks` blocks [B, Hkv, blocks, 2 d], in dtype and on the device of `like`.
+
+        `whole` of them are whole in every row.
+        """
+        assert self.index is not None
+        first, last = self.index.done * self.index.block_tokens, blocks * self.index.block_tokens - 1
+        self.index.take(self.pieces(first, last, SEGMENT_TOKENS), whole, like)
+        assert self.index.keys is not None
+        return self.index.keys[:, :, :blocks]
 
     def fetch(self, name: str, starts: Tensor, block_tokens: int, dtype: torch.dtype) -> Tensor:
         """`keys` or `values` [B, Hkv, r, block_tokens, d] of the tokens that begin at `starts` [B, Hkv, r]."""

@@ -92,8 +92,7 @@ def _best_blocks(memory: Memory, query: Tensor, lookup: Lookup) -> Tensor:
     size, k = lookup.settings.block_tokens, lookup.settings.top_k
     first, last = lookup.first // size, lookup.last // size
     count = int(last.max()) + 1
-    assert memory.index is not None
-    representatives = memory.index.until(count, int(last.amax(dim=1).min()) + 1, query)
+    representatives = memory.representatives(count, int(last.amax(dim=1).min()) + 1, query)
     signed = torch.cat((query.clamp_min(0), query.clamp_max(0)), dim=-1)
     block = torch.arange(count, device=query.device)
     hidden = (block < first[..., None]) | (block > last[..., None])  # [B or 1, q, blocks]
