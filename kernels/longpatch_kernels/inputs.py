@@ -16,9 +16,21 @@ class FarSegment:
     query: Tensor  # [B, Hq, n, d]
     key: Tensor  # [B, Hkv, f, d]
     value: Tensor  # [B, Hkv, f, d]
-    positions: Tensor  # [1 or B, f]
+    given_positions: Tensor | None  # [1 or B, f]; None: 0..f-1
     mask: Tensor | None  # [B, Hq, n, f]
     distance: Tensor | None  # [1 or B, f], for ALiBi
+
+    @property
+    def positions(self) -> Tensor:
+        """[1 or B, f]"""
+        if self.given_positions is None:
+            return torch.arange(self.key.shape[2], device=self.key.device)[None]
+        return self.given_positions
+
+    @property
+    def oldest(self) -> int:
+        """The least of the positions."""
+        return 0 if self.given_positions is None else int(self.given_positions.min())
 
 
 @dataclass(frozen=True)
@@ -147,8 +159,6 @@ def checked_inputs(
         expect("value_far", value_far, (batch, key_heads, count, head_dim))
         expect("far_mask", far_mask, (batch, query_heads, queries, count))
         per_key = ((count,), (1, count), (batch, count))
-        if far_positions is None:
-            far_positions = torch.arange(count, device=query.device)
         expect("far_positions", far_positions, *per_key)
         if alibi_slopes is None:
             far_distance = None
@@ -158,7 +168,7 @@ def checked_inputs(
             expect("far_distance", far_distance, *per_key)
         if not reasons:
             far_distance = far_distance if far_distance is None else far_distance.reshape(-1, count)
-            positions = far_positions.reshape(-1, count)
+            positions = far_positions if far_positions is None else far_positions.reshape(-1, count)
             far = FarSegment(query_far, key_far, value_far, positions, far_mask, far_distance)
     elif query_far is not None or key_far is not None or value_far is not None:
         reasons.append("query_far, key_far and value_far come together or not at all")

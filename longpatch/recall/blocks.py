@@ -26,7 +26,7 @@ class BlockIndex:
         self.done = min(self.done, tokens // self.block_tokens)
 
     def take(self, pieces: Iterable[tuple[int, int, Segment]], whole: int, like: Tensor) -> None:
-        """Look at stretches of whole blocks (first token, last + 1, their segment), in dtype and on the device of `like`.
+        """Look at stretches of whole blocks (first token, last + 1, segment), in dtype and on the device of `like`.
 
         Blocks before the `whole`-th are whole in every row, so that they will not be asked for again.
         """

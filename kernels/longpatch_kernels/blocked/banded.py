@@ -96,7 +96,7 @@ def _without_padding(x: LambdaInputs) -> Iterator[tuple[slice, int, LambdaInputs
                 query=far.query[rows],
                 key=far.key[rows],
                 value=far.value[rows],
-                positions=far.positions[rows if len(far.positions) > 1 else slice(None)] - dropped,
+                given_positions=far.positions[rows if len(far.positions) > 1 else slice(None)] - dropped,
                 mask=None if far.mask is None else far.mask[rows],
                 distance=None,
             )
@@ -105,7 +105,7 @@ def _without_padding(x: LambdaInputs) -> Iterator[tuple[slice, int, LambdaInputs
 
 def _far_visible(x: LambdaInputs, position: int) -> bool:
     """Whether a query at `position` sees the oldest far key."""
-    return x.far is not None and x.far.key.shape[2] > 0 and position - int(x.far.positions.min()) >= x.window
+    return x.far is not None and x.far.key.shape[2] > 0 and position - x.far.oldest >= x.window
 
 
 def _expanded(x: LambdaInputs) -> tuple[Tensor, Tensor, Tensor]:
