@@ -146,7 +146,7 @@ def _clear(call: dict):
         tensor.grad = None
 
 
-def decode(heads: int, key_heads: int, dim: int, dtype: torch.dtype, batch: int = 8, window: int = 4096) -> list[Peer]:
+def decode(heads: int, key_heads: int, dim: int, dtype: torch.dtype, batch: int, window: int = 4096) -> list[Peer]:
     """One new token a row over a full window; the baseline reads as many bytes as the keys and values have."""
     call = inputs(batch, heads, key_heads, 1, window, dim, dtype)
     far = {"far_positions": torch.arange(SINKS) - SINKS}  # the sinks left the window long ago
@@ -182,9 +182,10 @@ def all_cases(flex: bool) -> list[Case]:
         cases.append(Case(f"within the window {queries}", settings, partial(prefill, queries, 1024, torch.float32)))
     for heads, key_heads, dim in ((8, 8, 64), (9, 3, 64), (32, 8, 128)):
         for dtype in (torch.float32, torch.bfloat16):
-            settings = {"batch": 8, "window": 4096, "heads": heads, "key_heads": key_heads, "head_dim": dim}
+            batch = 8 if key_heads * dim * dtype.itemsize > 512 else 24  # larger than the L3 cache
+            settings = {"batch": batch, "window": 4096, "heads": heads, "key_heads": key_heads, "head_dim": dim}
             name = f"decode {heads}/{key_heads} d{dim} {_short(dtype)}"
-            cases.append(Case(name, settings, partial(decode, heads, key_heads, dim, dtype)))
+            cases.append(Case(name, settings, partial(decode, heads, key_heads, dim, dtype, batch)))
     return cases
 
 

@@ -20,7 +20,7 @@ typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 struct BFloat16 { uint16_t bits; };
 
 constexpr Index LANES = 8, PANEL = 2 * LANES, TILE_ROWS = 6, BLOCK_ROWS = 48, BLOCK_KEYS = 128;
-constexpr Index STEP_KEYS = 64, STAGE_KEYS = 2048, STAGE_ROW = STAGE_KEYS + 16;  // of decode: converted and multiplied at once; softmax at once
+constexpr Index STEP_KEYS = 16, STAGE_KEYS = 2048, STAGE_ROW = STAGE_KEYS + 16;  // of decode: converted and multiplied at once; softmax at once
 constexpr Index LEAST_CHUNK = 1024;  // queries that share one packing of their keys, at least
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
@@ -58,6 +58,12 @@ static inline WordVec rounded(Vec x) {  // to the nearest bfloat16, ties to even
     return bits + 0x7fff + ((bits >> 16) & 1);
 }
 static inline void put(BFloat16* p, Vec a, Vec b) { *(WordVec*)p = (rounded(a) >> 16) | (rounded(b) & 0xffff0000u); }
+static inline Vec in_register(Vec x) {  // loaded once, not in each instruction that uses it
+#if defined(__x86_64__)
+    asm("" : "+x"(x));
+#endif
+    return x;
+}
 static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 template <class T> static inline T* row_of(const Rows& x, Index b, Index head, Index row) {
@@ -79,14 +85,27 @@ static inline Vec exp2(Vec x) {
     return x < -126.0f ? Vec{} : y;
 }
 
+// Rows that are read next: asked for a few at a time, so that they come while these are being computed
+struct Ahead {
+    const char* data;
+    Index row, size;  // bytes of a row, of a number
+
+    template <class T> Ahead(const T* start, Index stride) : data((const char*)start), row(stride * sizeof(T)), size(sizeof(T)) {}
+    void fetch(Index number, Index first, Index count) const {  // columns
+        for (Index at = 0; at < count * size; at += 64) __builtin_prefetch(data + number * row + first * size + at);
+    }
+};
+
 // C [M, 8 V] (+)= A [M, count] B [count, 8 V]
 template <int M, int V> static inline void tile(
-    const float* a, Index a_row, const float* b, Index b_row, Index count, float* c, Index c_row, bool add) {
+    const float* a, Index a_row, const float* b, Index b_row, Index count, float* c, Index c_row, bool add,
+    const Ahead* ahead = nullptr, Index column = 0) {
     Vec sums[M][V];
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) sums[m][v] = add ? load(c + m * c_row + v * LANES) : Vec{};
 #pragma GCC unroll 2
     for (Index k = 0; k < count; k++) {
+        if (ahead) ahead->fetch(k, column, V * LANES);
         Vec right[V];
         for (int v = 0; v < V; v++) right[v] = load(b + k * b_row + v * LANES);
         for (int m = 0; m < M; m++)
@@ -98,18 +117,21 @@ template <int M, int V> static inline void tile(
 
 // Adds to C [rows, dim] the product A [rows, count] B [count, dim], for few rows
 static void multiply_rows(
-    Index rows, const float* a, Index a_row, const float* b, Index b_row, Index count, float* c, Index dim) {
+    Index rows, const float* a, Index a_row, const float* b, Index b_row, Index count, float* c, Index dim,
+    const Ahead* ahead = nullptr) {
     for (Index r = 0; r < rows;) {
         Index left = rows - r, taken = left >= 6 ? 6 : left >= 4 ? 4 : left;
         const float* from = a + r * a_row;
         for (Index d = 0; d < dim;) {
             float* to = c + r * dim + d;
-            if (taken == 1 && dim - d >= 64) { tile<1, 8>(from, a_row, b + d, b_row, count, to, dim, true); d += 64; continue; }
-            if (taken == 6) tile<6, 2>(from, a_row, b + d, b_row, count, to, dim, true);
-            if (taken == 4) tile<4, 2>(from, a_row, b + d, b_row, count, to, dim, true);
-            if (taken == 3) tile<3, 2>(from, a_row, b + d, b_row, count, to, dim, true);
-            if (taken == 2) tile<2, 2>(from, a_row, b + d, b_row, count, to, dim, true);
-            if (taken == 1) tile<1, 2>(from, a_row, b + d, b_row, count, to, dim, true);
+            const Ahead* next = r ? nullptr : ahead;
+            if (taken == 1 && dim - d >= 64) { tile<1, 8>(from, a_row, b + d, b_row, count, to, dim, true, next, d); d += 64; continue; }
+            if (taken == 3 && dim - d >= 32) { tile<3, 4>(from, a_row, b + d, b_row, count, to, dim, true, next, d); d += 32; continue; }
+            if (taken == 6) tile<6, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, d);
+            if (taken == 4) tile<4, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, d);
+            if (taken == 3) tile<3, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, d);
+            if (taken == 2) tile<2, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, d);
+            if (taken == 1) tile<1, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, d);
             d += PANEL;
         }
         r += taken;
@@ -322,16 +344,21 @@ static inline void sums_of(Vec a, Vec b, Vec c, Vec d, float* to) {
 
 // R rows [dim] times four keys [dim]: to [R, 4], its rows STAGE_ROW apart
 template <int R> static inline void dots(const float* rows, Index dim, const float* const* keys, float* to) {
-    Vec sums[R][4] = {};
+    Vec sums[R][4];
     const float *k0 = keys[0], *k1 = keys[1], *k2 = keys[2], *k3 = keys[3];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) sums[r][i] = Vec{};
     for (Index d = 0; d < dim; d += LANES) {
         Vec a = load(k0 + d), b = load(k1 + d), c = load(k2 + d), e = load(k3 + d);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            Vec x = load(rows + r * dim + d);
+            Vec x = in_register(load(rows + r * dim + d));
             sums[r][0] += x * a, sums[r][1] += x * b, sums[r][2] += x * c, sums[r][3] += x * e;
         }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < R; r++) sums_of(sums[r][0], sums[r][1], sums[r][2], sums[r][3], to + r * STAGE_ROW);
 }
 
@@ -357,8 +384,9 @@ template <class T> struct Decode {
     }
 
     // Scores of `count` keys, from score `first` on
-    void multiply(const float* from, const float* key, Index stride, Index count, Index first) {
+    void multiply(const float* from, const float* key, Index stride, Index count, Index first, const Ahead& ahead) {
         for (Index j = 0; j < count; j += 4) {
+            for (Index i = 0; i < 4; i++) ahead.fetch(j + i, 0, c.dim);
             const float* k[4];
             for (Index i = 0; i < 4; i++) k[i] = key + std::min(j + i, count - 1) * stride;
             for (Index r = 0; r < rows;) {
@@ -376,6 +404,11 @@ template <class T> struct Decode {
     void share(Index b, Index key_head, Index begin, Index end, bool far, Softmax& state) {
         Index key_stride = 0, value_stride = 0;
         state.clear(rows);
+        Index oldest = std::max(c.valid(b), c.offset() - c.window + 1);
+        auto slot_of = [&](Index at) { return at + c.ring_start < c.keys ? at + c.ring_start : at + c.ring_start - c.keys; };
+        auto key_at = [&](Index slot) { return row_of<T>(c.key, b, key_head, slot); };
+        auto value_at = [&](Index slot) { return row_of<T>(c.value, b, key_head, slot); };
+        Ahead first(key_at(slot_of(std::max(begin, oldest))), c.key.row);
         if (far && c.far_count) {
             gather(c.far_query, b, key_head, far_query.data());
             for (Index start = 0; start < c.far_count; start += STEP_KEYS) {
@@ -384,7 +417,7 @@ template <class T> struct Decode {
                                           keys.data(), key_stride);
                 const float* value = floats(row_of<T>(c.far_value, b, key_head, start), count, c.dim,
                                             c.far_value.row, values.data(), value_stride);
-                multiply(far_query.data(), key, key_stride, count, 0);
+                multiply(far_query.data(), key, key_stride, count, 0, first);
                 for (Index r = 0; r < rows; r++) {
                     float* line = scores.data() + r * STAGE_ROW;
                     for (Index j = 0; j < count; j++)
@@ -395,15 +428,15 @@ template <class T> struct Decode {
             }
         }
         gather(c.query, b, key_head, query.data());
-        Index oldest = std::max(c.valid(b), c.offset() - c.window + 1);
         for (Index start = std::max(begin, oldest); start < end;) {
-            Index slot = start + c.ring_start < c.keys ? start + c.ring_start : start + c.ring_start - c.keys;
+            Index slot = slot_of(start);
             Index count = std::min(std::min(STAGE_KEYS, end - start), c.keys - slot);
             for (Index j = 0; j < count; j += STEP_KEYS) {
                 Index some = std::min(STEP_KEYS, count - j);
-                const float* key = floats(
-                    row_of<T>(c.key, b, key_head, slot + j), some, c.dim, c.key.row, keys.data(), key_stride);
-                multiply(query.data(), key, key_stride, some, j);
+                const float* key = floats(key_at(slot + j), some, c.dim, c.key.row, keys.data(), key_stride);
+                bool last = j + some == count;
+                Ahead next(last ? value_at(slot) : key_at(slot + j + some), last ? c.value.row : c.key.row);
+                multiply(query.data(), key, key_stride, some, j, next);
             }
             for (Index r = 0; r < rows; r++) {
                 Index from = std::max(oldest, position(r) - c.window + 1) - start, to = position(r) + 1 - start;
@@ -412,9 +445,10 @@ template <class T> struct Decode {
             }
             for (Index j = 0; j < count; j += STEP_KEYS) {
                 Index some = std::min(STEP_KEYS, count - j);
-                const float* value = floats(
-                    row_of<T>(c.value, b, key_head, slot + j), some, c.dim, c.value.row, values.data(), value_stride);
-                multiply_rows(rows, scores.data() + j, STAGE_ROW, value, value_stride, some, state.out, c.dim);
+                const float* value = floats(value_at(slot + j), some, c.dim, c.value.row, values.data(), value_stride);
+                bool last = j + some == count;
+                Ahead next(last ? key_at(slot_of(start + count)) : value_at(slot + j + some), last ? c.key.row : c.value.row);
+                multiply_rows(rows, scores.data() + j, STAGE_ROW, value, value_stride, some, state.out, c.dim, &next);
             }
             start += count;
         }
