@@ -20,7 +20,7 @@ typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 struct BFloat16 { uint16_t bits; };
 
 constexpr Index LANES = 8, PANEL = 2 * LANES, TILE_ROWS = 6, BLOCK_ROWS = 48, BLOCK_KEYS = 128;
-constexpr Index STEP_KEYS = 16, STAGE_KEYS = 2048, STAGE_ROW = STAGE_KEYS + 16;  // of decode: converted and multiplied at once; softmax at once
+constexpr Index STEP_KEYS = 32, STAGE_KEYS = 2048, STAGE_ROW = STAGE_KEYS + 16;  // of decode: converted and multiplied at once; softmax at once
 constexpr Index LEAST_CHUNK = 1024;  // queries that share one packing of their keys, at least
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
@@ -85,27 +85,27 @@ static inline Vec exp2(Vec x) {
     return x < -126.0f ? Vec{} : y;
 }
 
-// Rows that are read next: asked for a few at a time, so that they come while these are being computed
+// Memory that is read next, from rows that mostly lie one behind the other: asked for a little at a time, in order, so
+// that it comes while this is being computed
 struct Ahead {
     const char* data;
-    Index row, size;  // bytes of a row, of a number
 
-    template <class T> Ahead(const T* start, Index stride) : data((const char*)start), row(stride * sizeof(T)), size(sizeof(T)) {}
-    void fetch(Index number, Index first, Index count) const {  // columns
-        for (Index at = 0; at < count * size; at += 64) __builtin_prefetch(data + number * row + first * size + at);
+    void fetch(Index bytes) {
+        for (Index at = 0; at < bytes; at += 64) __builtin_prefetch(data + at);
+        data += bytes;
     }
 };
 
 // C [M, 8 V] (+)= A [M, count] B [count, 8 V]
 template <int M, int V> static inline void tile(
     const float* a, Index a_row, const float* b, Index b_row, Index count, float* c, Index c_row, bool add,
-    const Ahead* ahead = nullptr, Index column = 0) {
+    Ahead* ahead = nullptr, Index size = 0) {
     Vec sums[M][V];
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) sums[m][v] = add ? load(c + m * c_row + v * LANES) : Vec{};
 #pragma GCC unroll 2
     for (Index k = 0; k < count; k++) {
-        if (ahead) ahead->fetch(k, column, V * LANES);
+        if (ahead) ahead->fetch(V * LANES * size);
         Vec right[V];
         for (int v = 0; v < V; v++) right[v] = load(b + k * b_row + v * LANES);
         for (int m = 0; m < M; m++)
@@ -118,20 +118,20 @@ template <int M, int V> static inline void tile(
 // Adds to C [rows, dim] the product A [rows, count] B [count, dim], for few rows
 static void multiply_rows(
     Index rows, const float* a, Index a_row, const float* b, Index b_row, Index count, float* c, Index dim,
-    const Ahead* ahead = nullptr) {
+    Ahead* ahead = nullptr, Index size = 0) {
     for (Index r = 0; r < rows;) {
         Index left = rows - r, taken = left >= 6 ? 6 : left >= 4 ? 4 : left;
         const float* from = a + r * a_row;
         for (Index d = 0; d < dim;) {
             float* to = c + r * dim + d;
-            const Ahead* next = r ? nullptr : ahead;
-            if (taken == 1 && dim - d >= 64) { tile<1, 8>(from, a_row, b + d, b_row, count, to, dim, true, next, d); d += 64; continue; }
-            if (taken == 3 && dim - d >= 32) { tile<3, 4>(from, a_row, b + d, b_row, count, to, dim, true, next, d); d += 32; continue; }
-            if (taken == 6) tile<6, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, d);
-            if (taken == 4) tile<4, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, d);
-            if (taken == 3) tile<3, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, d);
-            if (taken == 2) tile<2, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, d);
-            if (taken == 1) tile<1, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, d);
+            Ahead* next = r ? nullptr : ahead;
+            if (taken == 1 && dim - d >= 64) { tile<1, 8>(from, a_row, b + d, b_row, count, to, dim, true, next, size); d += 64; continue; }
+            if (taken == 3 && dim - d >= 32) { tile<3, 4>(from, a_row, b + d, b_row, count, to, dim, true, next, size); d += 32; continue; }
+            if (taken == 6) tile<6, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, size);
+            if (taken == 4) tile<4, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, size);
+            if (taken == 3) tile<3, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, size);
+            if (taken == 2) tile<2, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, size);
+            if (taken == 1) tile<1, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, size);
             d += PANEL;
         }
         r += taken;
@@ -384,9 +384,9 @@ template <class T> struct Decode {
     }
 
     // Scores of `count` keys, from score `first` on
-    void multiply(const float* from, const float* key, Index stride, Index count, Index first, const Ahead& ahead) {
+    void multiply(const float* from, const float* key, Index stride, Index count, Index first, Ahead ahead) {
         for (Index j = 0; j < count; j += 4) {
-            for (Index i = 0; i < 4; i++) ahead.fetch(j + i, 0, c.dim);
+            ahead.fetch(4 * c.dim * sizeof(T));
             const float* k[4];
             for (Index i = 0; i < 4; i++) k[i] = key + std::min(j + i, count - 1) * stride;
             for (Index r = 0; r < rows;) {
@@ -408,7 +408,7 @@ template <class T> struct Decode {
         auto slot_of = [&](Index at) { return at + c.ring_start < c.keys ? at + c.ring_start : at + c.ring_start - c.keys; };
         auto key_at = [&](Index slot) { return row_of<T>(c.key, b, key_head, slot); };
         auto value_at = [&](Index slot) { return row_of<T>(c.value, b, key_head, slot); };
-        Ahead first(key_at(slot_of(std::max(begin, oldest))), c.key.row);
+        Ahead first{(const char*)key_at(slot_of(std::max(begin, oldest)))};
         if (far && c.far_count) {
             gather(c.far_query, b, key_head, far_query.data());
             for (Index start = 0; start < c.far_count; start += STEP_KEYS) {
@@ -435,7 +435,7 @@ template <class T> struct Decode {
                 Index some = std::min(STEP_KEYS, count - j);
                 const float* key = floats(key_at(slot + j), some, c.dim, c.key.row, keys.data(), key_stride);
                 bool last = j + some == count;
-                Ahead next(last ? value_at(slot) : key_at(slot + j + some), last ? c.value.row : c.key.row);
+                Ahead next{(const char*)(last ? value_at(slot) : key_at(slot + j + some))};
                 multiply(query.data(), key, key_stride, some, j, next);
             }
             for (Index r = 0; r < rows; r++) {
@@ -447,8 +447,8 @@ template <class T> struct Decode {
                 Index some = std::min(STEP_KEYS, count - j);
                 const float* value = floats(value_at(slot + j), some, c.dim, c.value.row, values.data(), value_stride);
                 bool last = j + some == count;
-                Ahead next(last ? key_at(slot_of(start + count)) : value_at(slot + j + some), last ? c.key.row : c.value.row);
-                multiply_rows(rows, scores.data() + j, STAGE_ROW, value, value_stride, some, state.out, c.dim, &next);
+                Ahead next{(const char*)(last ? key_at(slot_of(start + count)) : value_at(slot + j + some))};
+                multiply_rows(rows, scores.data() + j, STAGE_ROW, value, value_stride, some, state.out, c.dim, &next, sizeof(T));
             }
             start += count;
         }
