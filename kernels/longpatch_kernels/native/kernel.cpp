@@ -58,12 +58,6 @@ static inline WordVec rounded(Vec x) {  // to the nearest bfloat16, ties to even
     return bits + 0x7fff + ((bits >> 16) & 1);
 }
 static inline void put(BFloat16* p, Vec a, Vec b) { *(WordVec*)p = (rounded(a) >> 16) | (rounded(b) & 0xffff0000u); }
-static inline Vec in_register(Vec x) {  // loaded once, not in each instruction that uses it
-#if defined(__x86_64__)
-    asm("" : "+x"(x));
-#endif
-    return x;
-}
 static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 template <class T> static inline T* row_of(const Rows& x, Index b, Index head, Index row) {
@@ -101,17 +95,24 @@ template <int M, int V> static inline void tile(
     const float* a, Index a_row, const float* b, Index b_row, Index count, float* c, Index c_row, bool add,
     Ahead* ahead = nullptr, Index size = 0) {
     Vec sums[M][V];
+#pragma GCC unroll 16
     for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
         for (int v = 0; v < V; v++) sums[m][v] = add ? load(c + m * c_row + v * LANES) : Vec{};
 #pragma GCC unroll 2
     for (Index k = 0; k < count; k++) {
         if (ahead) ahead->fetch(V * LANES * size);
         Vec right[V];
+#pragma GCC unroll 16
         for (int v = 0; v < V; v++) right[v] = load(b + k * b_row + v * LANES);
+#pragma GCC unroll 16
         for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
             for (int v = 0; v < V; v++) sums[m][v] += a[m * a_row + k] * right[v];
     }
+#pragma GCC unroll 16
     for (int m = 0; m < M; m++)
+#pragma GCC unroll 16
         for (int v = 0; v < V; v++) store(c + m * c_row + v * LANES, sums[m][v]);
 }
 
@@ -126,7 +127,6 @@ static void multiply_rows(
             float* to = c + r * dim + d;
             Ahead* next = r ? nullptr : ahead;
             if (taken == 1 && dim - d >= 64) { tile<1, 8>(from, a_row, b + d, b_row, count, to, dim, true, next, size); d += 64; continue; }
-            if (taken == 3 && dim - d >= 32) { tile<3, 4>(from, a_row, b + d, b_row, count, to, dim, true, next, size); d += 32; continue; }
             if (taken == 6) tile<6, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, size);
             if (taken == 4) tile<4, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, size);
             if (taken == 3) tile<3, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, size);
@@ -350,11 +350,12 @@ template <int R> static inline void dots(const float* rows, Index dim, const flo
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) sums[r][i] = Vec{};
+#pragma GCC unroll 2
     for (Index d = 0; d < dim; d += LANES) {
         Vec a = load(k0 + d), b = load(k1 + d), c = load(k2 + d), e = load(k3 + d);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            Vec x = in_register(load(rows + r * dim + d));
+            Vec x = load(rows + r * dim + d);
             sums[r][0] += x * a, sums[r][1] += x * b, sums[r][2] += x * c, sums[r][3] += x * e;
         }
     }
