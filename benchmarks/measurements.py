@@ -21,7 +21,10 @@ PASSKEY = (
     "the original may still find it some way past its training length, where its perplexity is lost already."
 )
 
-NEEDLE = "Published for another model (Llama-3-8B-Instruct-80K-QLoRA): found at every length to 80K and every depth."
+NEEDLE = (
+    "Published for another model (Llama-3-8B-Instruct-80K-QLoRA, its model card): a heatmap to past 80K, "
+    "without a table."
+)
 
 
 @dataclass(frozen=True)
