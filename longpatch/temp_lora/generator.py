@@ -10,12 +10,12 @@ from transformers import GenerationConfig
 
 from ..errors import LongpatchError
 from .checkpoint import fingerprint, load_state
-from .learner import check_model, make_options, temp_lora
-from .options import GeneratorOptions, LearnOptions
+from .learner import temp_lora
+from .options import GeneratorOptions, LearnOptions, make_options
 from .run import Run
 from .saved import KIND
 from .segments import Answer, Segment, generate_segments
-from .targets import find_targets
+from .targets import check_model, find_targets
 
 REFUSED = {
     "assistant_model": "assisted decoding",

@@ -3,19 +3,18 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from ..errors import LongpatchError
 from .adapter import Adapter
-from .options import LearnOptions
-from .targets import find_targets
+from .loss import detached, scored_tokens, whole
+from .options import LearnOptions, make_options
+from .targets import check_model, find_targets
 from .untouched import evaluating, frozen, own_randomness
 from .visible import row_starts
 
@@ -119,7 +118,11 @@ class Learner:
                     evaluating(self.causal, self.options.gradient_checkpointing),
                     own_randomness(self.options.seed + self.steps, [w.device for w in adapter.weights]),
                 ):
-                    forward = self._forward(ids, count, mask)
+                    once = not self.options.context_grad or self.options.trainable == "queries"
+                    if once and ids.shape[1] - count >= 2:
+                        forward = detached(self.causal, ids, count, mask)
+                    else:
+                        forward = partial(whole, self.causal, ids, count, mask)
                     for _ in range(self.options.epochs):
                         nll = forward()
                         weighted = torch.where(scored, nll, 0).sum(dim=1) / scored.sum(dim=1).clamp_min(1)
@@ -157,7 +160,7 @@ class Learner:
             attention_mask = attention_mask.to(new_ids.device, copy=True) if starts.any() else None
         # copies, as tensors made in inference mode cannot be learned from
         ids = torch.cat((context_ids, new_ids), dim=1).clone()
-        return ids, count, attention_mask, _scored(ids, count, attention_mask, loss_mask)
+        return ids, count, attention_mask, scored_tokens(ids, count, attention_mask, loss_mask)
 
     @torch.no_grad()
     def score(self, context_ids: Tensor | None, new_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -165,36 +168,7 @@ class Learner:
         context_ids = new_ids[:, :0] if context_ids is None else context_ids
         ids, count = torch.cat((context_ids, new_ids), dim=1).to(self.causal.device), new_ids.shape[1]
         mask = None if attention_mask is None else attention_mask.to(ids.device)
-        return _whole(self.causal, ids, count, mask).masked_fill(~_scored(ids, count, mask, None), torch.nan)
-
-    def _forward(self, ids: Tensor, count: int, mask: Tensor | None):
-        """A function that gives the NLL [rows, count] of the last tokens, as often as there are epochs."""
-        context = ids.shape[1] - count
-        detached = not self.options.context_grad or self.options.trainable == "queries"
-        if not detached or context < 2:
-            return lambda: _whole(self.causal, ids, count, mask)
-        positions = None if mask is None else (mask.cumsum(dim=1) - 1).clamp_min(0)
-        first, rest = slice(0, context - 1), slice(context - 1, ids.shape[1] - 1)
-        with torch.no_grad():
-            cache = self.causal(
-                input_ids=ids[:, first],
-                attention_mask=None if mask is None else mask[:, first],
-                position_ids=None if positions is None else positions[:, first],
-                use_cache=True,
-                logits_to_keep=1,
-            ).past_key_values
-
-        def continued() -> Tensor:
-            output = self.causal(
-                input_ids=ids[:, rest],
-                attention_mask=None if mask is None else mask[:, :-1],
-                position_ids=None if positions is None else positions[:, rest],
-                past_key_values=deepcopy(cache),
-                use_cache=True,
-            )
-            return _nll(output.logits, ids[:, context:])
-
-        return continued
+        return whole(self.causal, ids, count, mask).masked_fill(~scored_tokens(ids, count, mask, None), torch.nan)
 
     def _optimizer(self, weights: list[Tensor]) -> torch.optim.Optimizer:
         settings: dict[str, Any] = {"lr": self.options.learning_rate, "eps": 1e-7, "weight_decay": 0.0}
@@ -282,57 +256,9 @@ def temp_lora(model: Any, options: LearnOptions | None = None, **settings: Any) 
         yield learner
 
 
-def make_options(kind: Any, options: Any, settings: dict[str, Any], also: Any = None) -> Any:
-    """`options` with `settings`, or `kind(**settings)`; unknown names are refused, naming those of `also` too."""
-    known = kind.__dataclass_fields__
-    unknown = [f"no option {name!r}" for name in settings if name not in known]
-    if unknown:
-        others = () if also is None else also.__dataclass_fields__
-        raise LongpatchError("temp_lora", unknown, ", ".join((*others, *known)))
-    if options is None:
-        return kind(**settings)
-    return options.replace(**settings)
-
-
-def check_model(model: Any) -> None:
-    """Raises LongpatchError unless `model` is a causal language model of transformers, or peft around one."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(causal, PreTrainedModel) or not isinstance(model, nn.Module):
-        raise LongpatchError("temp_lora", [f"model is a {type(model).__name__}, not a model of transformers"])
-    if causal.config.is_encoder_decoder or not causal.can_generate():
-        raise LongpatchError("temp_lora", [f"{type(causal).__name__} is not a causal language model"])
-
-
 def _two_dimensional(name: str, ids: Tensor) -> Tensor:
     if ids.ndim == 1:
         ids = ids[None]
     if ids.ndim != 2 or ids.is_floating_point():
         raise LongpatchError("learn", [f"{name} has shape {list(ids.shape)} of {ids.dtype}"], "token ids [rows, n]")
     return ids
-
-
-def _scored(ids: Tensor, count: int, mask: Tensor | None, loss_mask: Tensor | None) -> Tensor:
-    """Which of the last `count` tokens teach, [rows, count]: those that are there, allowed, and follow a token."""
-    there = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    follows = torch.zeros_like(there)
-    follows[:, 1:] = there[:, :-1]
-    scored = (there & follows)[:, ids.shape[1] - count :]
-    return scored if loss_mask is None else scored & loss_mask.to(scored.device).bool()
-
-
-def _whole(model: Any, ids: Tensor, count: int, mask: Tensor | None) -> Tensor:
-    """NLL [rows, count] of the last `count` of `ids` in one forward; nan for a token that nothing precedes."""
-    positions = None if mask is None else (mask.cumsum(dim=1) - 1).clamp_min(0)
-    keep = min(count + 1, ids.shape[1])
-    logits = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep
-    ).logits[:, :-1]
-    nll = _nll(logits, ids[:, ids.shape[1] - keep + 1 :])
-    if keep == count:
-        nll = torch.cat((nll.new_full((len(ids), 1), torch.nan), nll), dim=1)
-    return nll
-
-
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of `targets` [rows, n] under `logits` [rows, n, V], in nats and float32."""
-    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)

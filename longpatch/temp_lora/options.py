@@ -158,6 +158,18 @@ class GeneratorOptions:
         return self.context_tokens if self.inference_context_tokens is None else self.inference_context_tokens
 
 
+def make_options(kind: Any, options: Any, settings: dict[str, Any], also: Any = None) -> Any:
+    """`options` with `settings`, or `kind(**settings)`; unknown names are refused, naming those of `also` too."""
+    known = kind.__dataclass_fields__
+    unknown = [f"no option {name!r}" for name in settings if name not in known]
+    if unknown:
+        others = () if also is None else also.__dataclass_fields__
+        raise LongpatchError("temp_lora", unknown, ", ".join((*others, *known)))
+    if options is None:
+        return kind(**settings)
+    return options.replace(**settings)
+
+
 def integers(options: Any, **least: int) -> list[str]:
     """A reason for each named setting that is not an integer of at least the number given."""
     values = {name: getattr(options, name) for name in least}

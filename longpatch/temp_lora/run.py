@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import StoppingCriteriaList
-from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationMode
 
-from ..cache import LambdaCache
 from ..errors import LongpatchError
-from .checkpoint import empty_cache
+from .columns import Columns
 from .learner import Learned, Learner
 from .options import GeneratorOptions
 from .saved import refused_settings, restore_run, save_run
@@ -36,8 +34,7 @@ class Run:
         text: [rows, n] so far, prompt included; `first` [rows]: each row's first token; `end` [rows]: where rows ended.
         learned: tokens learned, or never to be learned (a prompt).
         prompt_tokens: of the whole run; `given_tokens`: of this call, which goes on from a checkpoint or begins it.
-        shift: tokens of the text that the cache has no columns for, None while generate's own arguments hold;
-            `mask` [rows, w] of the columns it was built with, None = nothing masked.
+        columns: the cache, and the tokens that it holds; `age`: chunks since it was built anew.
     """
 
     def __init__(self, learner: Learner, options: GeneratorOptions, folder: Path | None, objects: list[str]):
@@ -47,12 +44,10 @@ class Run:
         self.text: Tensor
         self.first: Tensor
         self.end: Tensor
-        self.mask: Tensor | None = None
-        self.shift: int | None = None
+        self.columns: Columns
         self.learned = self.prompt_tokens = self.given_tokens = self.age = 0
         self.elapsed = 0.0
         self.max_time: float | None = None
-        self.cache: Any = None
         self._resumed: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self.began = self._clock = time.perf_counter()
         self._started = self._busy = False
@@ -135,19 +130,15 @@ class Run:
             if first:
                 self._begin(kwargs)
             self._advance()
-            if first and self.shift is None and self.text.shape[1] > self._room:
+            if first and self.columns.shift is None and self.text.shape[1] > self._room:
                 self._rebuild()  # a prompt of which not all is visible
         finally:
             self._busy = False
-        return args, self._arguments(kwargs)
+        return args, self.columns.arguments(kwargs, self.text)
 
     def _begin(self, kwargs: dict[str, Any]) -> None:
         self._started = True
-        self.cache = kwargs.get("past_key_values")
-        if not isinstance(self.cache, LambdaCache) and type(self.cache) is not DynamicCache:
-            raise LongpatchError(
-                "TempLoraGenerator.generate", [f"a cache of type {type(self.cache).__name__}"], "the default cache"
-            )
+        self.columns = Columns(kwargs.get("past_key_values"))
         self.text = kwargs["input_ids"]
         rows, count = self.text.shape
         mask = kwargs.get("attention_mask")
@@ -190,7 +181,7 @@ class Run:
             if self.options.measure:
                 entry["perplexity_after"] = _perplexity(self._score(stop - chunk, stop))
             last = self.learned + chunk > count
-            if last and (self.age >= self.reuse_chunks or not self.cache.get_seq_length()):
+            if last and (self.age >= self.reuse_chunks or not self.columns.cache.get_seq_length()):
                 began = time.perf_counter()
                 self._rebuild()
                 entry["rebuild_seconds"] = time.perf_counter() - began
@@ -226,48 +217,10 @@ class Run:
         context, new, mask, there = self._chunk(start, stop)
         return self.learner.score(context, new, mask).masked_fill(~there, torch.nan)
 
-    @torch.no_grad()
     def _rebuild(self) -> None:
-        """Read what is visible of the text but for its last token into an emptied cache."""
         count = self.text.shape[1]
-        seen = self._seen(count, self.options.inference_context)
-        ids, mask = seen.ids[:, :-1], None if seen.mask is None else seen.mask[:, :-1]
-        cache = self.cache
-        if isinstance(cache, LambdaCache):
-            cache.reset()
-        else:
-            cache.layers = empty_cache(self.causal).layers
-        positions = None if mask is None else (mask.cumsum(dim=1) - 1).clamp_min(0)
-        if ids.shape[1]:
-            self.causal(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        self.mask, self.shift, self.age = mask, count - seen.ids.shape[1], 0
-
-    def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of the forward, fitted to the cache: the tokens it lacks, its mask, positions that go on from it.
-
-        `generate` knows of no gap between sinks and latest tokens.
-        """
-        if self.shift is None:
-            return kwargs
-        past = self.cache.get_seq_length()
-        inputs = self.text[:, past + self.shift :].to(kwargs["input_ids"].device)
-        total = past + inputs.shape[1]
-        columns = torch.arange(past, total, device=inputs.device)[None]
-        if self.mask is None:
-            mask, positions = None, columns
-        else:
-            ones = self.mask.new_ones(len(self.mask), total - self.mask.shape[1])
-            mask = torch.cat((self.mask, ones), dim=1)
-            positions = columns - (self.mask == 0).sum(dim=1)[:, None]
-        fitted = {"input_ids": inputs, "attention_mask": mask, "position_ids": positions}
-        return kwargs | {name: value for name, value in fitted.items() if name != "position_ids" or name in kwargs}
+        self.columns.build(self.causal, self._seen(count, self.options.inference_context), count)
+        self.age = 0
 
     def _show(self, entry: dict[str, float]) -> None:
         if self._bar is not None:

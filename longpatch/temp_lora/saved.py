@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from .checkpoint import cache_state, fingerprint, layer_devices, restore_cache, save_state, with_prefix, without_prefix
 
 KIND = "generation"
-COUNTERS = ("learned", "prompt_tokens", "age", "shift")
+COUNTERS = ("learned", "prompt_tokens", "age")
 PROMPT_ALONE = {"encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0}
 
 
@@ -37,7 +37,7 @@ def save_run(run: Any) -> None:
         return
     tensors, learner = run.learner.state()
     tensors = with_prefix("learner", tensors)
-    held, cache = cache_state(run.cache)
+    held, cache = cache_state(run.columns.cache)
     tensors |= with_prefix("cache", held)
     full = run.full_mask(run.text.shape[1])
     tensors |= {
@@ -46,8 +46,8 @@ def save_run(run: Any) -> None:
         "end": run.end,
         "rng": torch.get_rng_state(),
     }
-    if run.mask is not None:
-        tensors["cache mask"] = run.mask
+    if run.columns.mask is not None:
+        tensors["cache mask"] = run.columns.mask
     if run.text.is_cuda:
         tensors["cuda rng"] = torch.cuda.get_rng_state(run.text.device)
     data = {
@@ -59,6 +59,7 @@ def save_run(run: Any) -> None:
         "learner": learner,
         "cache": cache,
         "counters": {name: getattr(run, name) for name in COUNTERS},
+        "shift": run.columns.shift,
         "elapsed": run.elapsed + time.perf_counter() - run.began,
         "history": run.history,
     }
@@ -70,14 +71,17 @@ def restore_run(run: Any, tensors: dict[str, Tensor], data: dict[str, Any]) -> N
     for name in COUNTERS:
         setattr(run, name, data["counters"][name])
     run.end = tensors["end"].to(run.text.device)
-    if "cache mask" in tensors:
-        run.mask = tensors["cache mask"].to(run.text.device)
     run.learner.load_state(without_prefix("learner", tensors), data["learner"])
+    columns = run.columns
+    columns.shift = data["shift"]
+    if "cache mask" in tensors:
+        columns.mask = tensors["cache mask"].to(run.text.device)
     if data["cache"] is not None:
-        devices = layer_devices(run.causal, len(run.cache.layers))
-        restore_cache(run.cache, without_prefix("cache", tensors), data["cache"], devices)
-        if run.shift is None and run.cache.get_seq_length():
-            run.shift, run.mask = 0, run.full_mask(run.cache.get_seq_length())
+        devices = layer_devices(run.causal, len(columns.cache.layers))
+        restore_cache(columns.cache, without_prefix("cache", tensors), data["cache"], devices)
+        length = columns.cache.get_seq_length()
+        if columns.shift is None and length:  # generate's own arguments would be those of a run that begins
+            columns.shift, columns.mask = 0, run.full_mask(length)
     torch.set_rng_state(tensors["rng"])
     if "cuda rng" in tensors:
         torch.cuda.set_rng_state(tensors["cuda rng"], run.text.device)

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..errors import LongpatchError
-from .learner import Learner, check_model, make_options
-from .options import LearnOptions
+from .learner import Learner
+from .options import LearnOptions, make_options
+from .targets import check_model
 
 Pair = tuple[str, str]
 Template = Callable[[Sequence[Pair], str], str]

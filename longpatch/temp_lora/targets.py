@@ -5,12 +5,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import LongpatchError
 from .options import LearnOptions
 
 QUERY_NAMES = ("q_proj", "query", "q_lin", "wq", "q")
+
+
+def check_model(model: Any) -> None:
+    """Raises LongpatchError unless `model` is a causal language model of transformers, or peft around one."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(causal, PreTrainedModel) or not isinstance(model, nn.Module):
+        raise LongpatchError("temp_lora", [f"model is a {type(model).__name__}, not a model of transformers"])
+    if causal.config.is_encoder_decoder or not causal.can_generate():
+        raise LongpatchError("temp_lora", [f"{type(causal).__name__} is not a causal language model"])
 
 
 def find_targets(model: Any, options: LearnOptions) -> dict[str, nn.Module]:
