@@ -15,7 +15,7 @@ from .cache import LambdaCache
 from .changes import Changes
 from .config import LambdaConfig
 from .errors import LongpatchError
-from .families import FAMILIES, reasons_against, supported_families
+from .families import FAMILIES, reasons_against, supported_families, trained_length
 from .families.falcon import convert_attention as convert_falcon_attention
 from .families.gptj import convert_attention as convert_gptj_attention
 from .families.mpt import convert_attention as convert_mpt_attention
@@ -211,10 +211,9 @@ def _recall_reasons(recall: Recall | None, config: Any) -> list[str]:
 
 
 def _trained_length(config: Any) -> int:
-    family = FAMILIES.get(getattr(config, "model_type", ""))
-    if family is None:
+    if getattr(config, "model_type", "") not in FAMILIES:
         return 0
-    length = getattr(config, family.length)
+    length = trained_length(config)
     return min(length, config.sliding_window) if all(sliding_layers(config)) else length
 
 
