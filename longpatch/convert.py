@@ -15,16 +15,18 @@ from .cache import LambdaCache
 from .changes import Changes
 from .config import LambdaConfig
 from .errors import LongpatchError
-from .families import FAMILIES, reasons_against, supported_families, trained_length
+from .families import FAMILIES, supported_families, trained_length
 from .families.falcon import convert_attention as convert_falcon_attention
 from .families.gptj import convert_attention as convert_gptj_attention
 from .families.mpt import convert_attention as convert_mpt_attention
 from .forward import finish_forward, prepare_cache, prepare_drafts, prepare_forward, prepare_mask, share_as_mask
-from .layers import LayerSettings, layer_settings, sliding_layers
+from .layers import LayerSettings, common_sliding_window, layer_settings
 from .recall import Recall
+from .refusals import refusals
 from .rope import ExactRotary, exact_rotary
 
 Model = TypeVar("Model", bound=nn.Module)
+ANY = 2**62  # a window where none was given and the model, refused, has none of its own
 CODE = {"falcon": convert_falcon_attention, "gptj": convert_gptj_attention, "mpt": convert_mpt_attention}
 
 
@@ -92,13 +94,12 @@ def convert_model(
         LongpatchError: listing every reason why the model or a setting cannot be converted; the model is untouched.
     """
     causal = unwrap(model)
-    reasons = _unsupported(causal)
     config: Any = getattr(causal, "config", None)
     marker = getattr(config, "longpatch", None) or {}
     if local_branch is None and limit_distance is None:
         limit_distance = marker.get("limit_distance")
     if local_branch is None:
-        local_branch = int(marker.get("local_branch") or _trained_length(config))
+        local_branch = marker.get("local_branch") or _default_window(config) or limit_distance or ANY
     if global_branch is None:
         global_branch = int(marker.get("global_branch", 10))
     if slack is None:
@@ -108,16 +109,13 @@ def convert_model(
     if recall is None and marker.get("recall"):
         recall = Recall(**marker["recall"])
     recall = recall or None
+    reasons = refusals(causal, local_branch, recall)
     try:
         settings = LambdaConfig(local_branch, global_branch, limit_distance, slack, implementation, recall)
-        reasons += _recall_reasons(recall, config)
     except LongpatchError as error:
         raise LongpatchError("convert_model", reasons + error.reasons, supported_families()) from None
     if reasons:
         raise LongpatchError("convert_model", reasons, supported_families())
-    if all(sliding_layers(config)) and local_branch > config.sliding_window:
-        reason = f"local_branch={local_branch} is more than the sliding window that every layer was trained with"
-        raise LongpatchError("convert_model", [reason], f"up to {config.sliding_window}")
     if settings.global_branch > settings.local_branch / 4:
         warnings.warn(
             f"global_branch={settings.global_branch} is more than a quarter of local_branch={settings.local_branch}: "
@@ -185,36 +183,10 @@ def unwrap(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _unsupported(model: nn.Module) -> list[str]:
-    if not isinstance(model, PreTrainedModel):
-        return [f"model is a {type(model).__name__}, not a model of transformers"]
-    reasons = reasons_against(model.config)
-    unloaded = [
-        name
-        for name, module in model.named_modules()
-        if not hasattr(module, "_hf_hook") and _has_meta_parameters(module)
-    ]
-    if unloaded:
-        reasons.append(f"parameters on the meta device that nothing loads, in {', '.join(unloaded[:3])}, ...")
-    return reasons
-
-
-def _has_meta_parameters(module: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in module.parameters(recurse=False))
-
-
-def _recall_reasons(recall: Recall | None, config: Any) -> list[str]:
-    layers = getattr(config, "num_hidden_layers", None)
-    if recall is None or layers is None or any(recall.covers(layer) for layer in range(layers)):
-        return []
-    return [f"recall from layer {recall.from_layer} to {recall.to_layer} covers none of the model's {layers} layers"]
-
-
-def _trained_length(config: Any) -> int:
+def _default_window(config: Any) -> int | None:
     if getattr(config, "model_type", "") not in FAMILIES:
-        return 0
-    length = trained_length(config)
-    return min(length, config.sliding_window) if all(sliding_layers(config)) else length
+        return None
+    return min(trained_length(config), common_sliding_window(config) or ANY)
 
 
 def _convert(model: PreTrainedModel, settings: LambdaConfig) -> None:
