@@ -80,7 +80,8 @@ def convert_model(
             its `sliding_window` where every layer slides and that is less. A model that mixes sliding and full layers
             keeps its sliding ones as they are.
         global_branch: number of first tokens that stay visible. Default: what the model was saved with, else 10.
-        limit_distance: distance in tokens at which they appear; at least `local_branch`, its default.
+        limit_distance: distance in tokens at which they appear; at least `local_branch`. Default: as saved where
+            `local_branch` is taken as saved, else `local_branch`.
         slack: tokens beyond the window that the cache can take back exactly, as assisted decoding needs. Default: what
             the model was saved with, else 64.
         implementation: "auto" or a name in `longpatch_kernels.IMPLEMENTATIONS`. Default: as saved, else "auto".
