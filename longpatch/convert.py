@@ -15,16 +15,18 @@ from .cache import LambdaCache
 from .changes import Changes
 from .config import LambdaConfig
 from .errors import LongpatchError
-from .families import FAMILIES, reasons_against, supported_families
+from .families import FAMILIES, supported_families, trained_length
 from .families.falcon import convert_attention as convert_falcon_attention
 from .families.gptj import convert_attention as convert_gptj_attention
 from .families.mpt import convert_attention as convert_mpt_attention
 from .forward import finish_forward, prepare_cache, prepare_drafts, prepare_forward, prepare_mask, share_as_mask
-from .layers import LayerSettings, layer_settings, sliding_layers
+from .layers import LayerSettings, common_sliding_window, layer_settings
 from .recall import Recall
+from .refusals import refusals
 from .rope import ExactRotary, exact_rotary
 
 Model = TypeVar("Model", bound=nn.Module)
+ANY = 2**62  # a window where none was given and the model, refused, has none of its own
 CODE = {"falcon": convert_falcon_attention, "gptj": convert_gptj_attention, "mpt": convert_mpt_attention}
 
 
@@ -78,7 +80,8 @@ def convert_model(
             its `sliding_window` where every layer slides and that is less. A model that mixes sliding and full layers
             keeps its sliding ones as they are.
         global_branch: number of first tokens that stay visible. Default: what the model was saved with, else 10.
-        limit_distance: distance in tokens at which they appear; at least `local_branch`, its default.
+        limit_distance: distance in tokens at which they appear; at least `local_branch`. Default: as saved where
+            `local_branch` is taken as saved, else `local_branch`.
         slack: tokens beyond the window that the cache can take back exactly, as assisted decoding needs. Default: what
             the model was saved with, else 64.
         implementation: "auto" or a name in `longpatch_kernels.IMPLEMENTATIONS`. Default: as saved, else "auto".
@@ -92,13 +95,12 @@ def convert_model(
         LongpatchError: listing every reason why the model or a setting cannot be converted; the model is untouched.
     """
     causal = unwrap(model)
-    reasons = _unsupported(causal)
     config: Any = getattr(causal, "config", None)
     marker = getattr(config, "longpatch", None) or {}
     if local_branch is None and limit_distance is None:
         limit_distance = marker.get("limit_distance")
     if local_branch is None:
-        local_branch = int(marker.get("local_branch") or _trained_length(config))
+        local_branch = marker.get("local_branch") or _default_window(config) or limit_distance or ANY
     if global_branch is None:
         global_branch = int(marker.get("global_branch", 10))
     if slack is None:
@@ -108,16 +110,13 @@ def convert_model(
     if recall is None and marker.get("recall"):
         recall = Recall(**marker["recall"])
     recall = recall or None
+    reasons = refusals(causal, local_branch, recall)
     try:
         settings = LambdaConfig(local_branch, global_branch, limit_distance, slack, implementation, recall)
-        reasons += _recall_reasons(recall, config)
     except LongpatchError as error:
         raise LongpatchError("convert_model", reasons + error.reasons, supported_families()) from None
     if reasons:
         raise LongpatchError("convert_model", reasons, supported_families())
-    if all(sliding_layers(config)) and local_branch > config.sliding_window:
-        reason = f"local_branch={local_branch} is more than the sliding window that every layer was trained with"
-        raise LongpatchError("convert_model", [reason], f"up to {config.sliding_window}")
     if settings.global_branch > settings.local_branch / 4:
         warnings.warn(
             f"global_branch={settings.global_branch} is more than a quarter of local_branch={settings.local_branch}: "
@@ -185,37 +184,10 @@ def unwrap(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _unsupported(model: nn.Module) -> list[str]:
-    if not isinstance(model, PreTrainedModel):
-        return [f"model is a {type(model).__name__}, not a model of transformers"]
-    reasons = reasons_against(model.config)
-    unloaded = [
-        name
-        for name, module in model.named_modules()
-        if not hasattr(module, "_hf_hook") and _has_meta_parameters(module)
-    ]
-    if unloaded:
-        reasons.append(f"parameters on the meta device that nothing loads, in {', '.join(unloaded[:3])}, ...")
-    return reasons
-
-
-def _has_meta_parameters(module: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in module.parameters(recurse=False))
-
-
-def _recall_reasons(recall: Recall | None, config: Any) -> list[str]:
-    layers = getattr(config, "num_hidden_layers", None)
-    if recall is None or layers is None or any(recall.covers(layer) for layer in range(layers)):
-        return []
-    return [f"recall from layer {recall.from_layer} to {recall.to_layer} covers none of the model's {layers} layers"]
-
-
-def _trained_length(config: Any) -> int:
-    family = FAMILIES.get(getattr(config, "model_type", ""))
-    if family is None:
-        return 0
-    length = getattr(config, family.length)
-    return min(length, config.sliding_window) if all(sliding_layers(config)) else length
+def _default_window(config: Any) -> int | None:
+    if getattr(config, "model_type", "") not in FAMILIES:
+        return None
+    return min(trained_length(config), common_sliding_window(config) or ANY)
 
 
 def _convert(model: PreTrainedModel, settings: LambdaConfig) -> None:

@@ -10,11 +10,15 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .cache import LambdaCache
+from .config import LambdaConfig
 from .errors import LongpatchError
 from .padding import Padding, read_padding
 from .step import Step
 
-SUPPORTED_CACHES = "LambdaCache, DynamicCache without sliding layers (it grows), or none"
+SUPPORTED = (
+    "past_key_values: LambdaCache, DynamicCache without sliding layers and without recall (it grows), or none; "
+    "attention_mask: [batch, tokens], 1 = token, or none; output_attentions=False"
+)
 
 
 @functools.cache
@@ -34,17 +38,14 @@ def prepare_forward(base: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if inputs is None:
         return (), kwargs  # the model's own error says it best
     config = base.config
-    if kwargs.get("output_attentions") or config.output_attentions:
-        raise LongpatchError("forward", ["output_attentions=True: Λ-attention never forms the matrix of weights"])
-    cache = kwargs.get("past_key_values")
-    conversion = base.longpatch
-    check_cache(cache, base)
+    conversion, cache, mask = base.longpatch, kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    refuse_unusable(conversion.config, cache, mask, kwargs.get("output_attentions") or config.output_attentions)
     if cache is None and _wants_cache(base, kwargs.get("use_cache")):
         cache = kwargs["past_key_values"] = LambdaCache(config)
     own_cache = cache if isinstance(cache, LambdaCache) else None
 
     count = inputs.shape[1]
-    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    positions = kwargs.get("position_ids")
     past, written, short, padding = 0, 0, False, None
     if own_cache is not None:
         short = conversion.alibi_slopes is None and own_cache.reads_shortly(count)
@@ -116,29 +117,33 @@ def _wants_cache(base: Any, use_cache: bool | None) -> bool:
     return base.config.use_cache if use_cache is None else use_cache
 
 
-def check_cache(cache: Cache | None, base: Any) -> None:
-    """Raises LongpatchError for a cache that Λ-attention cannot use; warns of one that grows."""
-    if cache is None:
-        return
+def refuse_unusable(settings: LambdaConfig, cache: Cache | None, mask: Any, output_attentions: bool) -> None:
+    """Raises LongpatchError with every reason against these arguments; warns of a cache that grows."""
+    reasons = [] if cache is None else _cache_reasons(settings, cache)
+    if mask is not None and getattr(mask, "ndim", None) != 2:
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        reasons.append(f"attention_mask has shape {shape}")
+    if output_attentions:
+        reasons.append("output_attentions=True: Λ-attention never forms the matrix of weights")
+    if reasons:
+        raise LongpatchError("forward", reasons, SUPPORTED)
+    if cache is not None and not isinstance(cache, LambdaCache):
+        warnings.warn(
+            "past_key_values is a DynamicCache, which grows with the text; for constant memory leave it out, or pass "
+            "LambdaCache(model.config)",
+            stacklevel=2,
+        )
+
+
+def _cache_reasons(settings: LambdaConfig, cache: Cache) -> list[str]:
     if isinstance(cache, LambdaCache):
-        if cache.config != base.longpatch.config:
-            settings = f"the cache has {cache.config}, the model {base.longpatch.config}"
-            raise LongpatchError(
-                "forward", [f"past_key_values was made for other settings: {settings}"], SUPPORTED_CACHES
-            )
-        return
-    plain = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
-    if not plain:
-        kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
-        described = type(cache).__name__ + (f" of {', '.join(sorted(kinds))}" if kinds else "")
-        raise LongpatchError("forward", [f"past_key_values is a {described}"], SUPPORTED_CACHES)
-    if base.longpatch.config.recall is not None:
-        raise LongpatchError("forward", ["past_key_values is a DynamicCache: recall needs a memory"], "LambdaCache")
-    warnings.warn(
-        "past_key_values is a DynamicCache, which grows with the text; for constant memory leave it out, or pass "
-        "LambdaCache(model.config)",
-        stacklevel=2,
-    )
+        differ = cache.config != settings
+        made = f"past_key_values was made for other settings: the cache has {cache.config}, the model {settings}"
+        return [made] if differ else []
+    if type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers):
+        return [] if settings.recall is None else ["past_key_values is a DynamicCache: recall needs a memory"]
+    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
+    return [f"past_key_values is a {type(cache).__name__}" + (f" of {', '.join(sorted(kinds))}" if kinds else "")]
 
 
 def prepare_cache(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length) -> None:

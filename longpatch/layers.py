@@ -25,6 +25,11 @@ def sliding_layers(config: Any) -> list[bool]:
     return [kind == "sliding_attention" for kind in layer_types]
 
 
+def common_sliding_window(config: Any) -> int | None:
+    """The `sliding_window` in tokens where every layer slides."""
+    return config.sliding_window if all(sliding_layers(config)) else None
+
+
 def layer_settings(config: Any, settings: LambdaConfig) -> tuple[LayerSettings, ...]:
     """Settings of every layer of a model with this config.
 

@@ -95,14 +95,15 @@ def from_pretrained(
 
 @contextmanager
 def _reported(name: str) -> Iterator[None]:
-    """What the loaders of transformers and peft complain of becomes the one kind of error."""
+    """What the loaders complain of becomes the one kind of error; for broken files they raise anything."""
     try:
         yield
     except LongpatchError:
         raise
-    except (OSError, ValueError, ImportError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise LongpatchError("load_model", [f"{name!r} does not load: {first_line}"], SUPPORTED) from error
+    except Exception as error:
+        kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
+        first_line = str(error).strip().partition("\n")[0].rstrip(".")
+        raise LongpatchError("load_model", [f"{name!r} does not load: {kind}{first_line}"], SUPPORTED) from error
 
 
 def _base(name: str) -> str:

@@ -28,7 +28,7 @@ def read_padding(mask: Tensor | None, positions: Tensor | None, known: Padding, 
         known: padding of the cached tokens.
 
     Raises:
-        LongpatchError: masks other than 2-D ones, masked gaps between tokens, packed rows.
+        LongpatchError: masks of another length, masked gaps between tokens, packed rows.
     """
     if known.right:
         raise LongpatchError(
@@ -39,7 +39,7 @@ def read_padding(mask: Tensor | None, positions: Tensor | None, known: Padding, 
     if mask is None:
         _refuse_packed(positions, None)
         return known
-    if mask.ndim != 2 or mask.shape[1] != past + count:
+    if mask.shape[1] != past + count:
         shape, cached = list(mask.shape), f"{past} cached + {count} new tokens"
         raise LongpatchError(
             "forward",

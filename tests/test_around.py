@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 
 import longpatch
 from longpatch import LambdaCache, LongpatchError, convert_llama_model, revert_model
+from longpatch.models import load_model
 from tests.processes import run_processes
 from tests.tiny import random_ids, tiny_llama
 
@@ -105,8 +106,12 @@ def test_gguf(tmp_path):
     gguf = pytest.importorskip("gguf", reason="pip install gguf")
     source = tiny_llama()
     write_gguf(gguf, source, tmp_path / "tiny.gguf")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf").eval()
-    close(reads_and_writes(converted(model)), reads_and_writes(converted(source)))
+    model, tokenizer = load_model(str(tmp_path / "tiny.gguf"))
+    assert tokenizer.decode(tokenizer("(1 + x)").input_ids) == "(1 + x)"
+    expected = reads_and_writes(converted(source))
+    close(reads_and_writes(converted(model)), expected)
+    model.save_pretrained(tmp_path / "saved")
+    close(reads_and_writes(longpatch.from_pretrained(tmp_path / "saved")), expected)
 
 
 def write_gguf(gguf, model, path):
@@ -121,6 +126,11 @@ def write_gguf(gguf, model, path):
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
+    characters = [chr(code) for code in range(33, 33 + config.vocab_size - 3)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<s>", "Ġ", *characters, "()"])  # "Ġ" is how byte-level BPE writes a space
+    writer.add_token_merges(["( )"])
+    writer.add_bos_token_id(config.bos_token_id)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
         for projection, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):

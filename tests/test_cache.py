@@ -9,7 +9,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from longpatch import LambdaCache, LongpatchError, convert_llama_model
 from longpatch.evaluation.perplexity import cache_bytes
-from tests.tiny import random_ids, read_in_chunks, tiny_llama
+from tests.tiny import VOCABULARY, random_ids, read_in_chunks, tiny_llama
 
 WINDOW, SINKS = 12, 3
 
@@ -51,13 +51,23 @@ def test_left_padded_rows_equal_the_rows_alone():
         assert torch.equal(together[row, 80 - length :], alone[0])
 
 
-@torch.no_grad()
-def test_right_padded_rows_equal_the_rows_alone():
-    model, ids = converted(), random_ids(2, 80)
-    mask = torch.ones(2, 80, dtype=torch.long)
-    mask[1, 33:] = 0
-    logits = model(ids, attention_mask=mask).logits
-    close(logits[1, :33], model(ids[1:, :33]).logits[0])
+@pytest.mark.parametrize("lengths", [(80, 33), (7, 80, 13, 1), (40, 40)])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_right_padded_rows_equal_the_rows_alone(lengths, use_cache):
+    """Logits, and gradients of a loss over all rows; rows inside, at and far past the window, or all with padding."""
+    model, ids = converted(), random_ids(len(lengths), 80)
+    mask = (torch.arange(80) < torch.tensor(lengths)[:, None]).long()
+    weights = torch.randn(len(lengths), 80, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    logits = model(ids, attention_mask=mask, use_cache=use_cache).logits
+    (logits * weights * mask[..., None]).sum().backward()
+    together = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    for row, length in enumerate(lengths):
+        alone = model(ids[row : row + 1, :length], use_cache=use_cache).logits[0]
+        close(logits[row, :length], alone)
+        (alone * weights[row, :length]).sum().backward()
+    for parameter, gradient in zip(model.parameters(), together, strict=True):
+        assert (gradient - parameter.grad).abs().max() < 1e-4 * max(1.0, parameter.grad.abs().max().item())
 
 
 @torch.no_grad()

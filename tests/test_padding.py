@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from longpatch import LongpatchError, convert_llama_model
 from tests.tiny import random_ids, tiny_llama
@@ -59,6 +60,18 @@ def test_padding_does_not_count_as_a_restart(model):
 def test_attention_matrices(model):
     with pytest.raises(LongpatchError, match="output_attentions"):
         model(random_ids(1, 8), output_attentions=True)
+
+
+def test_every_reason_is_told_at_once(model):
+    cache = StaticCache(model.config, max_cache_len=16)
+    with pytest.raises(LongpatchError) as caught:
+        model(random_ids(1, 8), attention_mask=ones(1, 1, 8, 8), past_key_values=cache, output_attentions=True)
+    assert caught.value.reasons == [
+        "past_key_values is a StaticCache of StaticLayer",
+        "attention_mask has shape [1, 1, 8, 8]",
+        "output_attentions=True: Λ-attention never forms the matrix of weights",
+    ]
+    assert cache.get_seq_length() == 0
 
 
 def test_attention_dropout():

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from longpatch_kernels import IMPLEMENTATIONS
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -29,6 +31,11 @@ def test_the_snippets_about_generating_run(capsys):
     for snippet in snippets((ROOT / "docs" / "generation.md").read_text(encoding="utf-8")):
         exec(compile(snippet, "generation.md", "exec"), names)
     assert "output_attentions=True" in capsys.readouterr().out
+
+
+def test_the_table_of_options_names_every_kernel():
+    (row,) = re.findall(r"^\| `implementation` .*", README, flags=re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", row)) == {"implementation", *IMPLEMENTATIONS}
 
 
 def test_the_file_tree_is_the_file_tree():

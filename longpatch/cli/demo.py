@@ -1,7 +1,9 @@
 """Read one real text twice, with the model as it is and after convert_model, and compare.
 
 Prints perplexity by position, memory and time per token, and a continuation that starts far past the training length;
-writes a plot. Nothing is downloaded unless MODEL is the name of a model on a hub.
+writes a plot. The text must be longer than the window, which is the training length unless --local-branch makes it
+smaller; a text that ends before the training length shows what the window costs. The first line says how long all of it
+will take, and --tokens bounds that. Nothing is downloaded unless MODEL is the name of a model on a hub.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -18,6 +20,10 @@ examples:
   longpatch demo                                    the bundled model, about a minute
   longpatch demo --text book.txt --tokens 65536     your own text, further out
   longpatch demo smollm2 --local-branch 2048        a published model, window of 2,048 tokens
+  longpatch demo models/my-llama --dtype bfloat16   a model in a folder
+  longpatch demo models/my-llama.Q8_0.gguf          a model in a .gguf file
+  longpatch demo HuggingFaceTB/SmolLM2-360M         a model on the hub, downloaded once
+  longpatch demo models/llama-3.1 --local-branch 4096 --tokens 8192    past a window, before the training length
 """
 
 
@@ -27,14 +33,17 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--text", type=Path, metavar="FILE", help="UTF-8 text to read (default: Python's language reference)"
     )
     parser.add_argument(
-        "--tokens", type=positive, metavar="N", help="tokens to read (default: 16,384, or 3 T if that is more)"
+        "--tokens",
+        type=positive,
+        metavar="N",
+        help="tokens to read (default: 16,384, or three times the training length if that is more)",
     )
     parser.add_argument("--new-tokens", type=positive, default=256, metavar="N", help="tokens to write (default: 256)")
     parser.add_argument(
         "--plot", type=Path, default=Path("longpatch_demo.png"), metavar="PNG", help="where the plot goes"
     )
     parser.add_argument("--out", type=Path, metavar="JSONL", help="also write the figures as JSON lines")
-    add_model_flags(parser)
+    add_model_flags(parser, may_stay=False)
 
 
 def run(arguments: Namespace) -> None:

@@ -49,8 +49,8 @@ def recall_settings(text: str) -> Recall:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Which model, how it is loaded and how it is converted."""
+def add_model_flags(parser: argparse.ArgumentParser, may_stay: bool = True) -> None:
+    """Which model, how it is loaded and how it is converted; `may_stay`: the user may leave it as it is."""
     group = parser.add_argument_group("model and conversion")
     group.add_argument("--local-branch", type=int, metavar="L", help="window in tokens (default: the training length)")
     group.add_argument("--global-branch", type=int, metavar="G", help="first tokens that stay visible (default: 10)")
@@ -61,7 +61,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SETTINGS",
         help="what left the window comes back: 'default', or settings of longpatch.Recall: top_k=20,distance=128",
     )
-    group.add_argument("--no-convert", action="store_true", help="leave the model as it is")
+    if may_stay:
+        group.add_argument("--no-convert", action="store_true", help="leave the model as it is")
     group.add_argument("--attn", choices=("auto", *IMPLEMENTATIONS), default="auto", help="attention implementation")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     group.add_argument("--peft", metavar="ADAPTER", help="a LoRA to load on top, folder or hub name")

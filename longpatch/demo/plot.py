@@ -7,8 +7,8 @@ from .reading import Reading
 COLOURS = {"original": "tab:red", "converted": "tab:blue"}
 
 
-def draw(path: Path, readings: list[Reading], trained: int, title: str) -> None:
-    """Write a PNG with perplexity (log scale, averaged over chunks) and cache size against position in tokens."""
+def draw(path: Path, readings: list[Reading], edge: int, edge_name: str, title: str) -> None:
+    """Write a PNG: perplexity (log scale, averaged over chunks) and cache size by position; a line at `edge` tokens."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 7), layout="constrained")
@@ -20,12 +20,12 @@ def draw(path: Path, readings: list[Reading], trained: int, title: str) -> None:
         perplexity_axes.plot(reading.positions, means, **style)
         memory_axes.plot(reading.positions, reading.cache_mb, **style)
     for axes in (perplexity_axes, memory_axes):
-        axes.axvline(trained, color="gray", linestyle="--", linewidth=1)
+        axes.axvline(edge, color="gray", linestyle="--", linewidth=1)
         axes.grid(alpha=0.3)
     perplexity_axes.set_yscale("log")
     perplexity_axes.set_ylabel("perplexity (lower is better)")
     perplexity_axes.annotate(
-        "training length", (trained, 0.97), xycoords=("data", "axes fraction"), xytext=(4, 0),
+        edge_name, (edge, 0.97), xycoords=("data", "axes fraction"), xytext=(4, 0),
         textcoords="offset points", va="top", color="gray",
     )  # fmt: skip
     perplexity_axes.legend()
@@ -33,4 +33,4 @@ def draw(path: Path, readings: list[Reading], trained: int, title: str) -> None:
     memory_axes.set_ylabel("cache, MB")
     memory_axes.set_ylim(bottom=0)
     memory_axes.set_xlabel("position in the text, tokens")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")

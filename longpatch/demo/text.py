@@ -9,7 +9,7 @@ def read_text(path: Path | None) -> tuple[str, str]:
     """Text and its name: the user's file, or prose that every Python installation carries.
 
     Raises:
-        LongpatchError: for a file that is missing, empty or binary.
+        LongpatchError: for a file that is missing, unreadable, empty or binary.
     """
     if path is None:
         from pydoc_data.topics import topics
@@ -17,7 +17,10 @@ def read_text(path: Path | None) -> tuple[str, str]:
         return "\n\n".join(topics[name] for name in sorted(topics)), "Python's own language reference"
     if not path.is_file():
         raise LongpatchError("--text", [f"no file {path}"])
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise LongpatchError("--text", [f"{path} cannot be read: {error.strerror}"]) from None
     if not data.strip():
         raise LongpatchError("--text", [f"{path} is empty"])
     try:

@@ -3,14 +3,16 @@
 import itertools
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import set_seed
 
-from ..convert import convert_model, revert_model
+from ..convert import convert_model, revert_model, unwrap
 from ..errors import LongpatchError
 from ..evaluation.perplexity import perplexity
+from ..families import FAMILIES, trained_length
 from ..results import record, write_records
 from .plot import draw
 from .reading import CHUNK_TOKENS, Reading, read
@@ -22,19 +24,18 @@ def run(arguments: Namespace, text: str, text_name: str, model, tokenizer, setti
     """Read, compare, continue, plot; `settings` are those of convert_model.
 
     Raises:
-        LongpatchError: for a model or text that cannot be used.
+        LongpatchError: for a model, text or file name that cannot be used, before the text is read.
     """
-    trained = model.config.max_position_embeddings
-    wanted = arguments.tokens or min(64 * trained, max(16_384, 3 * trained))
-    ids = _encode(tokenizer, text, wanted)
-    if len(ids) <= 2 * trained:
-        raise LongpatchError(
-            "demo",
-            [f"{text_name} gives {len(ids)} tokens to read"],
-            f"more than twice the training length, {2 * trained}",
-        )
-    conversion = convert_model(model, **settings).longpatch.config  # refuses what cannot work before the long part
+    causal = unwrap(convert_model(model, **settings))
+    conversion, trained = causal.longpatch.config, trained_length(causal.config)
     revert_model(model)
+    ids = _encode(tokenizer, text, arguments.tokens or max(16_384, 3 * trained))
+    _refuse_short(len(ids), conversion.local_branch, arguments.tokens, text_name)
+    if FAMILIES[causal.config.model_type].ends and len(ids) + arguments.new_tokens > trained:
+        reason = f"before its conversion the model ends at {trained:,} tokens"
+        raise LongpatchError("demo", [reason], "--tokens and --new-tokens within that, and a smaller --local-branch")
+    _refuse_unwritable({"--plot": arguments.plot, "--out": arguments.out})
+    edge, edge_name = (trained, "training length") if len(ids) > trained else (conversion.local_branch, "window")
     prompt = ids[: min(4 * trained, trained + 2048, len(ids))]
     needed = _estimate(model, ids, arguments.new_tokens)
     print(f"{arguments.model}, trained on {trained:,} tokens, reads {len(ids):,} tokens of {text_name}", end=" ")
@@ -49,14 +50,37 @@ def run(arguments: Namespace, text: str, text_name: str, model, tokenizer, setti
         readings[-1].continuation = _continue(model, tokenizer, prompt, arguments.new_tokens)
     revert_model(model)
 
-    print(_table(readings, trained))
+    print(_table(readings, edge))
     for reading in readings:
         print(f"\n{reading.label}, going on after {len(prompt):,} tokens:\n    {reading.continuation}")
-    draw(arguments.plot, readings, trained, f"{arguments.model} on {text_name}")
+    draw(arguments.plot, readings, edge, edge_name, f"{arguments.model} on {text_name}")
     print(f"\nPlot: {arguments.plot.resolve()}")
     if arguments.out:
         write_records(arguments.out, _records(arguments, readings, conversion, len(ids)))
         print(f"Results: {arguments.out.resolve()}")
+
+
+def _refuse_short(tokens: int, window: int, asked: int | None, text_name: str) -> None:
+    if tokens <= window:
+        inside = asked is not None and asked <= window
+        reason = (
+            f"--tokens {asked} ends inside the window" if inside else f"{text_name} gives {tokens:,} tokens to read"
+        )
+        more = "more tokens" if inside else "a longer --text"
+        raise LongpatchError("demo", [reason], f"{more} than the window, {window:,}, or a smaller --local-branch")
+
+
+def _refuse_unwritable(files: dict[str, Path | None]) -> None:
+    reasons = []
+    for flag, path in files.items():
+        try:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.open("ab").close()
+        except OSError as error:
+            reasons.append(f"{flag} {path} cannot be written: {error.strerror}")
+    if reasons:
+        raise LongpatchError("demo", reasons)
 
 
 def _encode(tokenizer, text: str, tokens: int) -> Tensor:
@@ -96,18 +120,18 @@ def _continue(model, tokenizer, prompt: Tensor, new_tokens: int) -> str:
     return text if len(text) <= PREVIEW_CHARACTERS else text[:PREVIEW_CHARACTERS] + " ..."
 
 
-def _spans(tokens: int, trained: int) -> list[tuple[int, int]]:
-    """[0, T), [T, 2T), [2T, 4T), ... up to `tokens`."""
-    edges = [0, trained]
+def _spans(tokens: int, edge: int) -> list[tuple[int, int]]:
+    """[0, E), [E, 2E), [2E, 4E), ... up to `tokens`, with E = `edge`."""
+    edges = [0, edge]
     while edges[-1] < tokens:
         edges.append(min(2 * edges[-1], tokens))
     return list(itertools.pairwise(edges))
 
 
-def _table(readings: list[Reading], trained: int) -> str:
+def _table(readings: list[Reading], edge: int) -> str:
     labels = [reading.label for reading in readings]
     lines = ["", f"{'perplexity at positions':<28}" + "".join(f"{label:>12}" for label in labels)]
-    for start, stop in _spans(len(readings[0].nll), trained):
+    for start, stop in _spans(len(readings[0].nll), edge):
         values = "".join(f"{perplexity(reading.nll[start:stop]):>12,.1f}" for reading in readings)
         lines.append(f"{f'{start:,} to {stop:,}':<28}{values}")
     for title, column in (("cache at the end, MB", "cache_mb"), ("time per token at the end, ms", "token_ms")):

@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImpo
 
 from ..convert import convert_model
 from ..errors import LongpatchError
+from ..families import trained_length
 from ..models import load_model
 from .prompts import cut_middle
 
@@ -72,7 +73,7 @@ class LongpatchLM(_Base):
             convert_model(model, local_branch, global_branch, limit_distance=limit_distance)
         if device_map is None and not load_in_4bit:
             model.to(device if device and torch.cuda.is_available() else "cpu")
-        trained = model.config.max_position_embeddings
+        trained = trained_length(model.config)
         longest = max_length or (UNBOUNDED if convert else trained)
         super().__init__(model, tokenizer=tokenizer, max_length=longest, dtype=dtype, **options)
         self.cut = truncation

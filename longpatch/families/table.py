@@ -33,6 +33,7 @@ class Family:
         slides_whole: a `sliding_window` holds in every layer, whatever `layer_types` says.
         drops_keywords: its layers hand down a mask but no unknown keyword arguments; what layers share takes its place.
         length: config attribute that holds the length trained for, in tokens.
+        ends: unconverted, it fails past that length.
         remark: what a user should know.
     """
 
@@ -42,6 +43,7 @@ class Family:
     slides_whole: bool = False
     drops_keywords: bool = False
     length: str = "max_position_embeddings"
+    ends: bool = False
     remark: str = ""
 
 
@@ -64,12 +66,18 @@ FAMILIES = {
     "glm4": Family("GLM-4-0414", interleaved=True),
     "gpt_neox": Family("GPT-NeoX, Pythia"),
     "gpt_oss": Family("gpt-oss", remark=f"learned sink logits stay in the softmax; {MIXED}"),
-    "gptj": Family("GPT-J", interleaved=True, remark="past `n_positions` too"),
+    "gptj": Family("GPT-J", interleaved=True, ends=True, remark="past `n_positions` too"),
     "granite": Family("Granite"),
     "llama": Family("Llama, Yi, SmolLM2, Vicuna, TinyLlama"),
     "mistral": Family("Mistral", slides_whole=True),
     "mixtral": Family("Mixtral", slides_whole=True),
-    "mpt": Family("MPT", rotated_layers=no_layer, length="max_seq_len", remark="ALiBi, capped; past `max_seq_len` too"),
+    "mpt": Family(
+        "MPT",
+        rotated_layers=no_layer,
+        length="max_seq_len",
+        ends=True,
+        remark="ALiBi, capped; past `max_seq_len` too",
+    ),
     "olmo2": Family("OLMo 2"),
     "phi": Family("Phi-1, Phi-1.5, Phi-2"),
     "phi3": Family("Phi-3, Phi-4", slides_whole=True),
@@ -114,6 +122,12 @@ REFUSED_SETTINGS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
         lambda config: config.model_type == "falcon" and config.alibi,
     ),
 )
+
+
+def trained_length(config: Any) -> int:
+    """The length in tokens that a model was trained for."""
+    family = FAMILIES.get(config.model_type)
+    return getattr(config, family.length if family else "max_position_embeddings")
 
 
 def supported_families() -> str:

@@ -15,6 +15,7 @@ from ...evaluation.metrics import need
 from ...evaluation.needle import Needle, needle_samples
 from ...evaluation.prompts import ARMS, Answerer, Template, chat_template
 from ...evaluation.rescore import rescore
+from ...families import trained_length
 from ...results import read_records
 from ..flags import (
     MODEL_HELP,
@@ -80,7 +81,7 @@ def run(arguments: Namespace) -> None:
     template = chat_template(tokenizer, arguments.chat_template)
     answerer = Answerer(model, tokenizer, template, arguments.new_tokens)
     evaluation = Needle.create(answerer, text, needle=arguments.needle, **said)
-    lengths = arguments.lengths or [model.config.max_position_embeddings]
+    lengths = arguments.lengths or [trained_length(model.config)]
     samples = needle_samples(lengths, arguments.depths, arguments.trials, arguments.seed)[: arguments.limit]
     run = open_run(arguments, "eval needle", chat_template=arguments.chat_template)
     show(run, run.records(model, arms, samples, evaluation.measure), arguments)

@@ -11,6 +11,7 @@ from pathlib import Path
 from ...evaluation.documents import read_documents, read_rows
 from ...evaluation.passkey import WORDINGS, PassKey, passkey_samples, row_samples
 from ...evaluation.prompts import ARMS, Answerer, chat_template
+from ...families import trained_length
 from ..flags import (
     MODEL_HELP,
     add_model_flags,
@@ -60,7 +61,7 @@ def run(arguments: Namespace) -> None:
     if arguments.rows:
         samples = row_samples(read_rows(arguments.rows))
     else:
-        lengths = arguments.lengths or [model.config.max_position_embeddings]
+        lengths = arguments.lengths or [trained_length(model.config)]
         placed = (arguments.depths, arguments.trials, arguments.digits, arguments.placement, arguments.seed)
         samples = passkey_samples(lengths, *placed)
     samples = samples[: arguments.limit]

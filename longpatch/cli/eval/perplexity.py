@@ -21,6 +21,7 @@ from ...evaluation.reading import (
     measure_sliding,
 )
 from ...evaluation.run import Sample, Work
+from ...families import trained_length
 from ..flags import MODEL_HELP, add_model_flags, add_run_flags, open_arms, open_model, open_run, positive
 from ..show import add_plot_flag, show
 
@@ -77,7 +78,7 @@ def run(arguments: Namespace) -> None:
     if arguments.bucket:
         edges = tuple(range(0, longest, arguments.bucket))
     else:
-        edges = doubling_edges(model.config.max_position_embeddings, longest)
+        edges = doubling_edges(trained_length(model.config), longest)
     reading = Reading(edges, arguments.chunk, arguments.save_every)
     settings = {"tokens": arguments.length} if arguments.length else {}
     if arguments.repeat > 1:
@@ -88,7 +89,7 @@ def run(arguments: Namespace) -> None:
 
 def _run_sliding(arguments: Namespace, model, samples: list[Sample]) -> None:
     arms = open_arms(arguments, model, ("original", "lambda"), "eval perplexity --sliding-window")
-    length = arguments.seq_len or model.config.max_position_embeddings
+    length = arguments.seq_len or trained_length(model.config)
     context = arguments.context_size or length
     settings = {"seq_len": length, "sliding_window": arguments.sliding_window, "score": arguments.score}
     run = open_run(arguments, "eval perplexity", **settings, context_size=context)
