@@ -229,7 +229,7 @@ def test_the_cache_is_read_until_content_or_settings_change(tmp_path, tokenizer,
     original = Encoder.__call__
     monkeypatch.setattr(Encoder, "__call__", lambda self, source: encoded.append(source) or original(self, source))
 
-    def read(**settings):
+    def read(tokenizer=tokenizer, **settings):
         encoded.clear()
         rows = load_rows(str(source), section(cache=str(cache), **settings), tokenizer)
         return all_tokens(rows), rows.counts, len(encoded)
@@ -242,6 +242,9 @@ def test_the_cache_is_read_until_content_or_settings_change(tmp_path, tokenizer,
     assert times == 0
     assert read(length=65)[2] == 1
     assert read(template="vicuna")[2] == 1
+    other = load()[1]
+    other.eos_token = "a"
+    assert read(tokenizer=other)[2] == 1
     source.write_text(WORDS * 51)
     assert read()[2] == 1
     source.write_bytes(b"good\n\xff bad")
@@ -249,6 +252,17 @@ def test_the_cache_is_read_until_content_or_settings_change(tmp_path, tokenizer,
     with pytest.raises(LongpatchError, match=r"a.txt:2 is not UTF-8"):
         read()
     assert sorted(cache.iterdir()) == kept
+
+
+def test_the_cache_finds_files_that_were_moved(tmp_path, tokenizer, monkeypatch):
+    encoded = []
+    original = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, source: encoded.append(source) or original(self, source))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(WORDS * 50)
+        load_rows("a.txt", section(cache=str(tmp_path / "cache"), data_root=str(tmp_path / name)), tokenizer)
+    assert len(encoded) == 1
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "words"])

@@ -55,9 +55,14 @@ def open_store(parts: list[Part], section: DataSection, tokenizer: Any) -> Store
 
 def _key(parts: list[Part], section: DataSection, encoder: Encoder) -> str:
     """Of the content of all files and of every setting that tokens depend on."""
-    content = [[asdict(part), [[file.name, _digest(file)] for file in find_files(part.path)]] for part in parts]
+    content = [
+        [part.name, part.cap, part.weight, [[file.name, _digest(file)] for file in find_files(part.path)]]
+        for part in parts
+    ]
     settings = [section.length, section.min_length, section.pack, section.seed]
-    key = [FORMAT, content, settings, encoder.template, fingerprint(encoder.tokens.tokenizer)]
+    tokenizer = encoder.tokens.tokenizer
+    named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}  # templates write them
+    key = [FORMAT, content, settings, encoder.template, fingerprint(tokenizer), sorted(named.items())]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
 
