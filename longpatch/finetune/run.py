@@ -46,7 +46,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(config.output)
         write_record(config.output, record | data_record(rows))
-        if data.streaming:
+        if data.streaming and rows.counts:
             print(table(rows.counts))
     return Path(config.output)
 
