@@ -7,6 +7,12 @@ from typing import Any
 
 from .errors import LongpatchError
 
+REFUSED = (400, 413, 422)  # statuses that concern what was sent, not the endpoint
+
+
+class NoReply(LongpatchError):
+    """The endpoint refused this prompt or replied with nothing; another prompt may do."""
+
 
 class Throttle:
     """Lets callers through at even distances, `per_minute` of them; None: all at once."""
@@ -35,8 +41,10 @@ class Endpoint:
         retries: of a request that is refused for now (429, 5xx) or gets lost, with growing pauses or as the endpoint
             says.
         per_minute: requests at most, retries aside.
+        max_tokens: of a reply; None: as the endpoint has it.
 
     Raises:
+        NoReply: for a prompt that is refused, or gets an empty reply.
         LongpatchError: if the endpoint cannot be reached or does not reply as it should.
     """
 
@@ -46,6 +54,7 @@ class Endpoint:
     timeout_s: float = 120
     retries: int = 2
     per_minute: float | None = None
+    max_tokens: int | None = None
     _client: Any = field(init=False, repr=False, compare=False)
     _throttle: Throttle = field(init=False, repr=False, compare=False)
 
@@ -63,15 +72,17 @@ class Endpoint:
     def __call__(self, prompt: str, temperature: float = 0.0) -> str:
         from openai import OpenAIError
 
+        limit = {} if self.max_tokens is None else {"max_tokens": self.max_tokens}
         self._throttle.wait()
         try:
             reply = self._client.chat.completions.create(
-                model=self.model, temperature=temperature, messages=[{"role": "user", "content": prompt}]
+                model=self.model, temperature=temperature, messages=[{"role": "user", "content": prompt}], **limit
             )
             text = reply.choices[0].message.content
         except (OpenAIError, ValueError, TypeError, AttributeError, IndexError) as error:
             reason = f"{self.address}: {type(error).__name__}: {' '.join(str(error).split())}"
-            raise LongpatchError("endpoint", [reason]) from error
+            kind = NoReply if getattr(error, "status_code", None) in REFUSED else LongpatchError
+            raise kind("endpoint", [reason]) from error
         if not text:
-            raise LongpatchError("endpoint", [f"{self.address}: an empty reply"])
+            raise NoReply("endpoint", [f"{self.address}: an empty reply"])
         return text

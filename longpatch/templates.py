@@ -9,6 +9,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from .errors import LongpatchError
 
 CALL = "chat template"
+PLACE = "\x00the answer\x00"
 SYSTEM_FIRST = (
     "{% if messages[0].role == 'system' %}{% set system, turns = messages[0].content, messages[1:] %}"
     "{% else %}{% set system, turns = none, messages %}{% endif %}"
@@ -20,7 +21,7 @@ VICUNA_SYSTEM = (
 TEMPLATES = {
     # A question and its answer on lines of their own.
     "none": "{{ bos_token }}{% for m in messages %}{{ m.content }}"
-    "{% if m.role == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}",
+    "{% if m.role == 'assistant' and eos_token %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}",
     "vicuna": SYSTEM_FIRST + "{{ bos_token }}{{ system or '" + VICUNA_SYSTEM.replace("'", "\\'") + "' }}{{ ' ' }}"
     "{% for m in turns %}{% if m.role == 'assistant' %}ASSISTANT: {{ m.content }}{{ eos_token }}"
     "{% else %}USER: {{ m.content }}{{ ' ' }}{% endif %}{% endfor %}"
@@ -80,6 +81,13 @@ def render(tokenizer: Any, template: str, messages: list[dict[str, str]], prompt
         )
     except TemplateError as error:
         raise LongpatchError(CALL, [f"the template refuses the messages: {error}"]) from error
+
+
+def answer_end(tokenizer: Any, template: str) -> str:
+    """What the template puts after an answer: its end token, and what may follow before the next message."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PLACE}]
+    _, found, after = render(tokenizer, template, messages).rpartition(PLACE)
+    return after if found else ""
 
 
 def _read(path: Path) -> str:

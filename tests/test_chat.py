@@ -1,20 +1,34 @@
 """A conversation reads what is new and nothing twice, and its answers are those to the whole text."""
 
+import inspect
 import json
 import os
+import runpy
+import select
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from longpatch import LongpatchError, convert_model
+from longpatch.adapter import load_adapter
 from longpatch.chat import Conversation, Sampling
-from longpatch.chat.terminal import message, run
+from longpatch.chat.terminal import edit_lines, message, run
 from longpatch.cli import main
+from longpatch.data import load_rows
+from longpatch.data.documents import Encoder
+from longpatch.data.settings import DataSection
+from longpatch.data.sources import Source
 from longpatch.demo import load
 from longpatch.temp_lora import LearnOptions, temp_lora
-from longpatch.templates import find_template, render
+from longpatch.templates import TEMPLATES, find_template, render
 
 OWN = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}<s>{{ '\\n' }}{% endfor %}"
@@ -91,7 +105,45 @@ def test_a_model_without_a_template_continues_what_is_said(model, tokenizer):
     conversation = talk(model, tokenizer)
     first = conversation.say("It was dark.").text
     second = conversation.say("Then?").text
-    assert tokenizer.decode(conversation.ids[0]) == f"<s>It was dark.\n{first}\nThen?\n{second}"
+    assert tokenizer.decode(conversation.ids[0]) == f"<s>It was dark.\n{first}<s>Then?\n{second}"
+
+
+ANSWERED = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Who is there?"},
+    {"role": "assistant", "content": "Nobody."},
+    {"role": "user", "content": "And now?"},
+    {"role": "assistant", "content": "Still nobody."},
+]
+
+
+@pytest.mark.parametrize("ended", [True, False, "at once"], ids=["ended", "cut off", "ended at once"])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_chat_is_token_by_token_what_training_reads(monkeypatch, template, ended):
+    """Whether the model writes the end token or not; "at once": without the space that llama-2 has before it."""
+    tokenizer = load()[1]
+    tokenizer.add_special_tokens({"eos_token": "</s>", "additional_special_tokens": ["<|eot_id|>"]})
+    encoder = Encoder(tokenizer, template)
+    document = encoder((0, Source("", {"messages": ANSWERED})))
+    ids, starts = document.ids.tolist(), np.flatnonzero(np.diff(document.trained.astype(int), prepend=0))
+    answers = [ids[start:stop] for start, stop in zip(starts[::2], [*starts[1::2], len(ids)][:2], strict=True)]
+    assert {answer[-1] for answer in answers} <= encoder.tokens.special
+    space = encoder.tokens.plain(" ")[0]
+    before = slice(0, -2 if answers[0][-2] == space else -1)
+    if ended is not True:
+        answers[0] = answers[0][before] + (answers[0][-1:] if ended else [])
+
+    def write(self, streamer, stop):
+        self.ids = torch.cat((self.ids, torch.tensor([answers.pop(0)])), dim=1)
+
+    monkeypatch.setattr(Conversation, "_write", write)
+    monkeypatch.setattr(Conversation, "_read", lambda self, stop: True)
+    conversation = Conversation(SimpleNamespace(device="cpu"), tokenizer, template, system="Be brief.")
+    for turn in ANSWERED[1::2]:
+        conversation.say(turn["content"])
+    if ended == "at once" and before.stop == -2:
+        ids.remove(space)
+    assert conversation.ids[0].tolist() == ids
 
 
 def test_reset_forgets(model, tokenizer):
@@ -175,6 +227,93 @@ def test_the_terminal(tokenizer, tmp_path, capsys):
     assert message(lines('"""', "a", "", 'b"""')) == "a\n\nb"
 
 
+def test_a_saved_chat_is_a_row_that_trains(tokenizer, tmp_path, capsys):
+    """Without turns that were stopped before anything was written."""
+    path = tmp_path / "chat.jsonl"
+    conversation = talk(load()[0], tokenizer)
+    run(conversation, lines(f"/save {path}"))
+    assert "nothing was answered yet" in capsys.readouterr().err
+    stop = threading.Event()
+    stop.set()
+    conversation.say("One. " * 50, stop=stop)
+    run(conversation, lines(f"/save {path}"))
+    assert not path.exists()
+    conversation.say("Two.")
+    run(conversation, lines(f"/save {path}"))
+    (row,) = load_rows(str(path), DataSection(train="", length=100, pack=False), tokenizer)
+    answer = conversation.messages[-1]["content"]
+    assert tokenizer.decode(row["input_ids"]) == f"[user]Two.<s>\n[assistant]{answer}<s>\n"
+
+
+def test_a_long_line_is_read_whole_from_a_terminal():
+    code = f"{inspect.getsource(edit_lines)}\nedit_lines(); print('read', len(input('> ')), flush=True); input()"
+    terminal, inner = os.openpty()
+    program = subprocess.Popen([sys.executable, "-c", code], stdin=inner, stdout=inner, stderr=inner)
+    shown, typed = b"", b"x" * 10_000 + b"\n"
+
+    def read_until(text):
+        nonlocal shown
+        while text not in shown:
+            assert select.select([terminal], [], [], 60)[0], shown[-200:]
+            shown += os.read(terminal, 100_000)
+
+    try:
+        read_until(b"> ")
+        for start in range(0, len(typed), 1000):
+            os.write(terminal, typed[start : start + 1000])
+            while select.select([terminal], [], [], 0.05)[0]:
+                shown += os.read(terminal, 100_000)
+        read_until(b"read ")
+        read_until(b"read 10000")
+    finally:
+        program.kill()
+        program.wait()
+        os.close(terminal)
+        os.close(inner)
+
+
+def test_the_long_chat_of_the_example(tokenizer, tmp_path, capsys, monkeypatch):
+    book, saved = tmp_path / "book.txt", tmp_path / "transcript.txt"
+    book.write_text("".join(f'Line {number} of """a""" book.\n' for number in range(300)))
+    script = Path(__file__).parent.parent / "examples" / "long_chat.py"
+    monkeypatch.setattr(
+        sys, "argv", [str(script), str(book), "--passages", "2", "--characters", "300", "--save", str(saved)]
+    )
+    runpy.run_path(str(script), run_name="__main__")
+    conversation = Conversation(load()[0], tokenizer, sampling=Sampling(new_tokens=2))
+    run(conversation, lines(*capsys.readouterr().out.splitlines()))
+    asked = [turn["content"] for turn in conversation.messages if turn["role"] == "user"]
+    assert len(asked) == 4
+    assert [text.count("Line") > 8 for text in asked] == [True, True, False, False]
+    assert saved.read_text().count("user: ") == 4
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """An adapter that changes what the small model writes."""
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    model = get_peft_model(load()[0], LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_writes_with_the_model(adapter, tmp_path, capsys, monkeypatch):
+    tokenizer = load()[1]
+    model = load_adapter(load()[0], adapter)
+    ids = torch.tensor([tokenizer.encode("It was dark.\n")])
+    expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    flags = ["--peft", str(adapter), "--no-convert", "--new-tokens", "8"]
+    written = tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert main(["generate", "demo", "--prompt", "It was dark.\n", *flags]) == 0
+    assert capsys.readouterr().out.strip() == written
+    monkeypatch.setattr("builtins.input", lines("It was dark."))
+    assert main(["chat", "demo", *flags]) == 0
+    assert capsys.readouterr().out.strip() == written
+    assert main(["generate", "demo", "--prompt", "It was dark.\n", "--no-convert", "--new-tokens", "8"]) == 0
+    assert capsys.readouterr().out.strip() != written
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_chat(tokenizer, capsys):
     model = load()[0]
     conversation = Conversation(model, tokenizer, sampling=Sampling(new_tokens=200))
@@ -184,6 +323,21 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(tokenizer, capsys):
     run(conversation, lines("Hello.", "/exit"))
     assert "[stopped; read" in capsys.readouterr().err
     assert 2 < len(tokenizer.encode(conversation.messages[1]["content"])) < 20
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_ends_the_program(capsys, monkeypatch):
+    def press(text, streamer, stop):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the program went on")
+
+    monkeypatch.setattr("builtins.input", lines("Hello.", "Never."))
+    monkeypatch.setattr(Conversation, "say", lambda self, *given: press(*given))
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["chat", "demo"]) == 130
+    assert capsys.readouterr().err.endswith("longpatch chat: stopped\n")
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -214,6 +368,36 @@ def test_the_generate_command(tmp_path, capsys, extra):
     assert 30 < len(tokenizer.encode(shown)) < 50
     assert main([*command[:3], str(tmp_path / "none"), *command[4:]]) == 2
     assert "--prompt-file" in capsys.readouterr().err
+
+
+def test_generate_reads_a_long_prompt_in_parts_and_ends_as_the_template_does(tmp_path, capsys, monkeypatch):
+    prompt, out, read = tmp_path / "prompt.txt", tmp_path / "no" / "out.txt", []
+    prompt.write_text("It was a dark and stormy night. " * 200)
+    command = ["generate", "demo", "--prompt-file", str(prompt), "--new-tokens", "2", "--local-branch", "256"]
+    assert main([*command, "--out", str(out)]) == 2
+    assert f"--out: no folder {out.parent}" in capsys.readouterr().err
+    template = tmp_path / "own.jinja"
+    template.write_text(OWN.replace("<s>", "<|im_end|>"))
+    arguments = Sampling.arguments
+
+    def watch(self, model, tokenizer, ends):
+        read.append((watched(model), [tokenizer.convert_ids_to_tokens(end) for end in ends]))
+        return arguments(self, model, tokenizer, ends)
+
+    monkeypatch.setattr(Sampling, "arguments", watch)
+    tokenizer = load()[1]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    monkeypatch.setattr("longpatch.cli.generate.open_converted", lambda given: (_wide(load()[0]), tokenizer))
+    assert main([*command, "--chat-template", str(template)]) == 0
+    ((sizes, ends),) = read
+    assert max(sizes) == 1024
+    assert sum(sizes) > 2000
+    assert ends == ["<|im_end|>"]
+
+
+def _wide(model):
+    model.resize_token_embeddings(len(load()[1]) + 1)
+    return model
 
 
 def test_a_template_without_earlier_answers_is_refused(model, tokenizer):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from longpatch.cli import main
 from longpatch.data import Rows, load_rows, pad_right, sources
 from longpatch.data.binary import sidecar, write_binary
 from longpatch.data.documents import Encoder
+from longpatch.data.mixture import Part, choose_rows
 from longpatch.data.settings import DataSection
 from longpatch.data.tokenize import tokenize
 from longpatch.demo import load
@@ -201,6 +203,30 @@ def test_a_mixture_takes_what_it_says_of_each_part(tmp_path, tokenizer):
     assert read({"a.jsonl": 1, "b.jsonl[5]": 1, "c.jsonl[10]": 2.5}) == mixed
     assert read(["b.jsonl[5]"]) == parts["b"]
     assert read(["b.jsonl[5]"], seed=1) != parts["b"]
+    with pytest.raises(LongpatchError, match="a path is named twice"):
+        read(["a.jsonl", "a.jsonl"])
+
+
+def test_a_home_folder_is_found(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.jsonl", [{"text": "a b c."}])
+    assert len(load_rows("a.jsonl", section(data_root="~"), tokenizer)) == 1
+    assert len(load_rows("~/a.jsonl", section(), tokenizer)) == 1
+
+
+def test_choosing_all_rows_takes_no_memory_for_each():
+    tracemalloc.start()
+    passes = choose_rows(Part("a", "a", weight=2.0), 2_000_000, seed=0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [len(chosen) for chosen in passes] == [2_000_000, 2_000_000, 0]
+    assert peak < 100_000
+
+
+def test_where_all_is_too_long_it_is_said(tmp_path, tokenizer):
+    path = write(tmp_path / "rows.jsonl", [{"input": WORDS * 10, "output": "Yes."}] * 3)
+    with pytest.raises(LongpatchError, match=r"no row of at least 2 tokens.*3 conversations have more than length=64"):
+        load_rows(path, section(), tokenizer)
 
 
 def test_a_hub_data_set_is_streamed_capped_and_comes_last(tmp_path, tokenizer, monkeypatch):
@@ -229,7 +255,7 @@ def test_the_cache_is_read_until_content_or_settings_change(tmp_path, tokenizer,
     original = Encoder.__call__
     monkeypatch.setattr(Encoder, "__call__", lambda self, source: encoded.append(source) or original(self, source))
 
-    def read(**settings):
+    def read(tokenizer=tokenizer, **settings):
         encoded.clear()
         rows = load_rows(str(source), section(cache=str(cache), **settings), tokenizer)
         return all_tokens(rows), rows.counts, len(encoded)
@@ -242,6 +268,9 @@ def test_the_cache_is_read_until_content_or_settings_change(tmp_path, tokenizer,
     assert times == 0
     assert read(length=65)[2] == 1
     assert read(template="vicuna")[2] == 1
+    other = load()[1]
+    other.eos_token = "a"
+    assert read(tokenizer=other)[2] == 1
     source.write_text(WORDS * 51)
     assert read()[2] == 1
     source.write_bytes(b"good\n\xff bad")
@@ -249,6 +278,17 @@ def test_the_cache_is_read_until_content_or_settings_change(tmp_path, tokenizer,
     with pytest.raises(LongpatchError, match=r"a.txt:2 is not UTF-8"):
         read()
     assert sorted(cache.iterdir()) == kept
+
+
+def test_the_cache_finds_files_that_were_moved(tmp_path, tokenizer, monkeypatch):
+    encoded = []
+    original = Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, source: encoded.append(source) or original(self, source))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(WORDS * 50)
+        load_rows("a.txt", section(cache=str(tmp_path / "cache"), data_root=str(tmp_path / name)), tokenizer)
+    assert len(encoded) == 1
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "words"])
@@ -302,19 +342,44 @@ def test_a_failed_tokenize_leaves_what_was_there(tmp_path, tokenizer):
 
 
 def test_inspect_data_shows_rows_marks_answers_and_draws(tmp_path, capsys):
-    write(tmp_path / "rows.jsonl", [*QUESTIONS, {"input": WORDS * 200, "output": "Long."}])
+    rows = [*QUESTIONS, {"input": WORDS * 200, "output": "Long."}, {"input": WORDS * 900, "output": "Longer."}]
+    write(tmp_path / "rows.jsonl", rows)
     config, plot = tmp_path / "c.yaml", tmp_path / "lengths.png"
     config.write_text(
         f"model: {{name: demo}}\noutput: none\ndata:\n  data_root: {tmp_path}\n  length: 9000\n  pack: false\n"
-        "  train:\n    rows.jsonl[7]: 1\n"
+        "  train:\n    rows.jsonl[8]: 1\n"
     )
     assert main(["inspect-data", str(config), "--rows", "7", "--plot", str(plot)]) == 0
     shown = capsys.readouterr().out
     assert shown.count("<s>Hello?\n⟦Yes.<s>⟧") == len(QUESTIONS)
     assert " tokens ... " in shown
     assert "⟦Long.<s>⟧" in shown
-    assert "rows.jsonl[7]" in shown
+    assert "rows.jsonl[8]" in shown
     assert plot.stat().st_size > 1000
+    encoder = Encoder(load()[1])
+    sizes = [len(encoder((0, sources.Source("", row))).ids) for row in rows]
+    assert sizes[-1] > 9000 > sizes[-2]
+    quarters = ", ".join(f"{value:,.0f}" for value in np.percentile(sizes, (0, 25, 50, 75, 100)))
+    assert f"by quarters: {quarters};" in shown  # with the one that is too long
+
+
+def test_inspect_data_reads_of_a_stream_what_it_shows(tmp_path, capsys, monkeypatch):
+    def endless():
+        yield from ({"text": f"h {number}."} for number in range(10))
+        raise AssertionError("read too far")
+
+    stream = SimpleNamespace(load_dataset=lambda name, split, streaming: endless())
+    monkeypatch.setitem(sys.modules, "datasets", stream)
+    config, plot = tmp_path / "c.yaml", tmp_path / "lengths.png"
+    config.write_text(
+        "model: {name: demo}\noutput: none\ntraining: {max_steps: 1}\n"
+        "data: {train: hub:x, length: 64, pack: false, streaming: true}\n"
+    )
+    assert main(["inspect-data", str(config), "--rows", "4", "--plot", str(plot)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("--- row") == 4
+    assert "--- row 3: " in shown
+    assert not plot.exists()
 
 
 @pytest.mark.parametrize("vocabulary", [0, 70_000])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from longpatch import LongpatchError
+from longpatch.cli import main
 from longpatch.data import load_rows
 from longpatch.data.binary import sidecar, write_binary
 from longpatch.data.settings import DataSection
@@ -18,6 +19,9 @@ LINES = {  # what stands in line 4 of a file: what is said about it
     '{"text": ': "is not JSON",
     "{'text': 'x'}": "is not JSON",
     "[" * 100_000: "is not JSON",
+    '{"text": ' + "7" * 5000 + "}": "is not JSON",
+    '{"text": "half of one: \\ud800"}': "holds a lone surrogate",
+    '{"input": "\\udc00", "output": "x"}': "holds a lone surrogate",
     '["text"]': "is not a JSON object",
     "null": "is not a JSON object",
     "{}": "the fields are none",
@@ -32,6 +36,8 @@ LINES = {  # what stands in line 4 of a file: what is said about it
     '{"messages": [{"role": "user", "content": ["x"]}]}': r"messages\[0\].content=\['x'\] must be a string",
     '{"messages": [{"role": "user", "content": "x"}]}': "messages holds no answer to learn",
     '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]}': r"\[1\].content is empty",
+    '{"messages": [{"role": "assistant", "content": "x"}]}': "messages holds no answer to learn, or no question",
+    '{"conversations": [{"from": "gpt", "value": "x"}]}': "conversations holds no answer to learn, or no question",
     '{"conversations": {"from": "human"}}': "conversations=.* must be a list",
     '{"conversations": [{"from": "human", "text": "x"}]}': r"conversations\[0\]=.* is not \{from, value\}",
     '{"conversations": [{"from": 7, "value": "x"}]}': r"conversations\[0\].from=7 must be one of",
@@ -114,6 +120,8 @@ def test_wrong_token_files(folder, tokenizer):
     wrong("was made for 5 tokens, the tokenizer has 4096", vocabulary=5)
     wrong("was made with another tokenizer", tokenizer="0123")
     wrong("no usable description tokens.json", tokens="many")
+    wrong("no usable description tokens.json", dtype=["uint16"])
+    wrong("no usable description tokens.json", tokenizer=None)
     write_binary(path, np.array([1, 4096]), tokenizer)
     refused(
         folder, tokenizer, "holds the id 4096 of a vocabulary of 4096", read, folder, tokenizer, "tokens.bin", pack=True
@@ -132,11 +140,73 @@ def test_evaluations_refuse_wrong_token_files_too(folder, tokenizer):
     np.arange(100).astype(np.uint16).tofile(path)
     (document,) = read_documents([path])
     assert document.ids(tokenizer, 50).tolist() == list(range(50))  # as published ones are
+    path.write_bytes(b"odd")
+    refused(folder, tokenizer, "has 3 bytes, not 1 tokens of uint16", document.ids, tokenizer)
     np.array([1, 5000]).astype(np.uint16).tofile(path)
     refused(folder, tokenizer, "holds the id 5000", document.ids, tokenizer)
     write_binary(path, np.arange(100), tokenizer)
     sidecar(path).write_text(json.dumps(json.loads(sidecar(path).read_text()) | {"tokenizer": "0123"}))
     refused(folder, tokenizer, "made with another tokenizer", document.ids, tokenizer)
+
+
+def test_a_bare_token_file_is_refused_where_uint16_does_not_hold_the_vocabulary(folder, tokenizer, monkeypatch):
+    path = folder / "tokens.bin"
+    np.arange(100).astype(np.uint32).tofile(path)
+    (document,) = read_documents([path])
+    monkeypatch.setattr(type(tokenizer), "__len__", lambda self: 70_000)
+    refused(folder, tokenizer, "no description tokens.json, and uint16 does not hold 70000", document.ids, tokenizer)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"mine": 1}', '{"dtype": "float32"}'])
+def test_a_file_that_is_no_description_is_not_written_over(folder, tokenizer, content):
+    (folder / "mine.json").write_text(content)
+    texts = [str(folder / "good.jsonl[1]")]
+    refused(
+        folder, tokenizer, "mine.json exists and describes no tokens", tokenize, tokenizer, texts, folder / "mine.bin"
+    )
+    assert (folder / "mine.json").read_text() == content
+
+
+EVALUATED = {  # the same for evaluations, which take other rows
+    '{"text": ': "is not JSON",
+    '["text"]': "is not a JSON object",
+    '{"text": ' + "7" * 5000 + "}": "is not JSON",
+    '{"text": "\\ud800"}': "holds a lone surrogate",
+    '{"text": 5}': "has no text in 'text'",
+    '{"messages": []}': "has no text in 'text'",
+}
+
+
+@pytest.mark.parametrize("line", EVALUATED, ids=[line[:50] for line in EVALUATED])
+def test_evaluations_name_file_and_line(folder, tokenizer, line, capsys):
+    (folder / "bad.jsonl").write_text('{"text": "a good\u2028row"}\n\n' + line)
+    refused(folder, tokenizer, rf"bad\.jsonl:3 {EVALUATED[line]}", read_documents, [folder / "bad.jsonl"])
+    refused_command(capsys, rf"bad.jsonl:3 {EVALUATED[line]}", "eval", "perplexity", "demo", folder / "bad.jsonl")
+
+
+def refused_command(capsys, said, *arguments):
+    assert main([str(argument) for argument in arguments]) == 2
+    shown = capsys.readouterr().err
+    assert said in shown.splitlines()[-1]
+
+
+def test_commands_refuse_token_files_where_they_need_texts_and_say_it_in_one_line(folder, tokenizer, capsys):
+    path = folder / "tokens.bin"
+    write_binary(path, np.arange(100), tokenizer)
+    (folder / "bad.jsonl").write_text("[1]\n")
+    texts = "tokens.bin holds token ids, where a text is needed"
+    refused_command(capsys, texts, "eval", "needle", "demo", path, "--metrics", "match")
+    refused_command(capsys, texts, "eval", "passkey", "demo", "--text", path)
+    sidecar(path).write_text("{}")
+    unusable = "tokens.bin has no usable description"
+    refused_command(capsys, unusable, "eval", "distance", "demo", path, "--length", "80", "--scored", "8")
+    refused_command(capsys, unusable, "eval", "temp-lora", "demo", path)
+    refused_command(
+        capsys, "bad.jsonl:1 is not a JSON object", "eval", "passkey", "demo", "--rows", folder / "bad.jsonl"
+    )
+    refused_command(
+        capsys, "bad.jsonl:1 is not a JSON object", "tokenize", "demo", folder / "bad.jsonl", folder / "o.bin"
+    )
 
 
 def test_wrong_settings_are_told_together():

@@ -16,7 +16,7 @@ from longpatch.demo import load
 from longpatch.endpoint import Endpoint
 from longpatch.synthesis.plant import Planting, planted_rows
 from longpatch.synthesis.puzzles import KINDS, NUMBERS
-from longpatch.synthesis.questions import Asking, make_jobs, read_pairs
+from longpatch.synthesis.questions import GAP, Asking, make_jobs, read_pairs
 from longpatch.synthesis.requests import cost, send
 
 TEXT = " ".join(f"Mr. {name} went to town number {i}. He saw nobody there." for i in range(900) for name in ("A", "B"))
@@ -107,7 +107,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         prompt = body["messages"][0]["content"]
         with self.server.lock:
             number = len(self.server.asked)
-            self.server.asked.append((time.monotonic(), prompt, self.headers["Authorization"], body["model"]))
+            self.server.asked.append(
+                (time.monotonic(), prompt, self.headers["Authorization"], body["model"], body.get("max_tokens"))
+            )
         reply = self.server.replies(number, prompt)
         content = b"{}"
         if isinstance(reply, str):
@@ -148,7 +150,7 @@ def jobs(**settings):
 
 def test_each_kind_shows_excerpts_and_keeps_the_whole_text():
     made = jobs()
-    assert len(made) == 3 * 3 * 2  # texts, kinds, stretches
+    assert len(made) == 3 * (2 + 2 + 1)  # of each text: its two stretches in two ways, and its life
     by_kind = {job.kind: job for job in made}
     assert by_kind["detail"].prompt.count("[Part") == 1
     assert by_kind["life"].prompt.count("[Part") == 4
@@ -165,31 +167,109 @@ def test_each_kind_shows_excerpts_and_keeps_the_whole_text():
         list(make_jobs({"a": "short"}, ASKING))
 
 
+def test_a_life_is_asked_for_once_a_book_from_its_beginning_to_its_end():
+    book = "".join(f"w{number:05} " for number in range(2000))  # seven rows long
+    (job,) = make_jobs({"book": book}, Asking(("life",), length=500, segment=20, segments=4))
+    parts = job.text.split(GAP)
+    assert len(parts) == 4
+    assert book.startswith(parts[0])
+    assert book.endswith(parts[-1])
+    assert all(part in book for part in parts)
+    assert sum(map(len, parts)) <= 500 * 4
+    excerpts = [excerpt.partition("]\n")[2].strip("\n") for excerpt in job.prompt.split("[Part ")[1:]]
+    assert [next(i for i, part in enumerate(parts) if excerpt in part) for excerpt in excerpts] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_details_are_of_different_texts_where_there_are_enough(count):
+    texts = {name: f"{name} " * 2000 for name in ("one", "two", "six")}
+    made = list(make_jobs(texts, Asking(("details",), length=500, segment=50, texts=count)))
+    assert len(made) == 3 * 4
+    assert all(sum(name in job.text for name in texts) == count for job in made)
+    assert all(job.name.split(":")[1] in job.text.split("\n\n")[1] for job in made)
+    (alone, *_) = make_jobs({"one": texts["one"]}, Asking(("details",), length=500, segment=50, texts=2))
+    assert alone.text.count("Text ") == 2
+
+
 @pytest.mark.parametrize(
-    "reply", ["", "no json", "[]", "[1]", '[{"question": "Who?"}]', '[{"question": "", "answer": "x"}]']
+    "reply", [f"From [Part 1] and [Part 2]: {GOOD}", f"{GOOD} See [1].", GOOD.replace("She", "She [1]"), f"[1] {GOOD}]"]
+)
+def test_replies_with_other_brackets(reply):
+    assert len(read_pairs(reply)) == 2
+
+
+@pytest.mark.parametrize(
+    "reply", ["", "[" * 100_000, "no json", "[]", "[1]", '[{"question": "Who?"}]', '[{"question": "", "answer": "x"}]']
 )
 def test_replies_that_are_none(reply):
     with pytest.raises(LongpatchError, match="holds no questions and answers"):
         read_pairs(reply)
 
 
-def test_failures_are_tried_again_and_rows_come_in_order(server, tmp_path):
+def test_failures_are_tried_again(server, tmp_path):
     server.replies = lambda number, prompt: {0: 429, 1: 503, 2: 500, 3: "no json"}.get(number, GOOD)
     out, made = tmp_path / "out.jsonl", jobs()
     failures = list(send(made, Endpoint(server.url, "m", "secret", retries=4), out, parallel=3))
     assert failures == [None] * len(made)
-    assert [json.loads(line)["job"] for line in out.read_text().splitlines()] == [job.name for job in made]
+    assert sorted(json.loads(line)["job"] for line in out.read_text().splitlines()) == sorted(job.name for job in made)
     assert len(server.asked) == len(made) + 4
-    assert {asked[2:] for asked in server.asked} == {("Bearer secret", "m")}
+    assert {asked[2:4] for asked in server.asked} == {("Bearer secret", "m")}
 
 
-def test_one_bad_text_costs_one_row(server, tmp_path):
+@pytest.mark.parametrize("bad", ["sorry", "", 400, 422])
+def test_one_bad_text_costs_one_row(server, tmp_path, bad):
     made = jobs(kinds=("detail",), length=500, segment=50)
-    bad = made[2].prompt
-    server.replies = lambda number, prompt: "sorry" if prompt == bad else GOOD
-    failures = list(send(made, Endpoint(server.url, "m"), tmp_path / "out.jsonl"))
-    assert [place for place, failure in enumerate(failures) if failure] == [2]
-    assert made[2].name in failures[2]
+    server.replies = lambda number, prompt: bad if prompt == made[2].prompt else GOOD
+    failures = list(send(made, Endpoint(server.url, "m"), tmp_path / "new" / "out.jsonl"))
+    (failure,) = filter(None, failures)
+    assert made[2].name in failure
+    assert len(failures) == len(made)
+    assert len((tmp_path / "new" / "out.jsonl").read_text().splitlines()) == len(made) - 1
+
+
+def test_what_was_answered_is_on_disk_when_the_endpoint_fails(server, tmp_path):
+    """Also where the first request is the one that fails, and last."""
+    made, out = jobs(), tmp_path / "out.jsonl"
+    answered = threading.Semaphore(0)
+
+    def reply(number, prompt):
+        if prompt == made[0].prompt:
+            for _ in range(3):
+                answered.acquire(timeout=10)
+            return 401
+        answered.release()
+        return GOOD
+
+    server.replies = reply
+    with pytest.raises(LongpatchError, match="AuthenticationError"):
+        list(send(made, Endpoint(server.url, "m", retries=0), out, parallel=2))
+    assert len(out.read_text().splitlines()) >= 3
+
+
+@pytest.mark.parametrize(
+    "content", ['{"a": 1}', "5", '{"messages": []}', '{"messages": [{"role": "user", "content": "x"}]}', "{}\n", "text"]
+)
+def test_a_file_that_is_something_else_stays_as_it_is(server, tmp_path, capsys, content):
+    (tmp_path / "a.txt").write_text("one " * 1000)
+    out = tmp_path / "out.jsonl"
+    out.write_text(content)
+    command = ["synthesize", "endpoint", str(tmp_path / "a.txt"), str(out), "--endpoint", server.url, "--name", "m"]
+    assert main([*command, "--kinds", "detail", "--yes", "--resume"]) == 2
+    assert "from here" in capsys.readouterr().err
+    assert (out.read_text(), server.asked) == (content, [])
+
+
+def test_nothing_is_cut_off_before_something_is_sent(server, tmp_path):
+    (tmp_path / "a.txt").write_text("one " * 1000)
+    out = tmp_path / "out.jsonl"
+    out.write_text('{"messages": [{"role": "us')
+    command = ["synthesize", "endpoint", str(tmp_path / "a.txt"), str(out), "--endpoint", server.url, "--name", "m"]
+    command += ["--kinds", "detail", "--resume"]
+    assert main(command) == 0
+    assert out.read_text() == '{"messages": [{"role": "us'
+    assert main([*command, "--yes", "--max-tokens", "77"]) == 0
+    assert [json.loads(line)["kind"] for line in out.read_text().splitlines()] == ["detail"]
+    assert {asked[4] for asked in server.asked} == {77}
 
 
 def test_requests_keep_their_distance(server, tmp_path):
@@ -208,7 +288,7 @@ def test_a_run_that_was_cut_off_goes_on(server, tmp_path, capsys):
     command += ["--length", "500", "--segment", "50", "--kinds", "detail,life", "--retries", "0", "--parallel", "1"]
     assert main([*command, "--prices", "1", "10"]) == 0
     shown = capsys.readouterr().out
-    assert "8 requests" in shown
+    assert "6 requests" in shown
     assert "nothing was sent" in shown
     assert not server.asked
     assert not out.exists()
@@ -222,9 +302,9 @@ def test_a_run_that_was_cut_off_goes_on(server, tmp_path, capsys):
     server.replies = lambda number, prompt: GOOD
     before = len(server.asked)
     assert main([*command, "--yes", "--resume"]) == 0
-    assert len(server.asked) - before == 5
+    assert len(server.asked) - before == 3
     names = [json.loads(line)["job"] for line in out.read_text().splitlines()]
-    assert len(names) == len(set(names)) == 8
+    assert len(names) == len(set(names)) == 6
 
 
 def test_the_cost_is_counted_from_what_is_sent():

@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from longpatch import LongpatchError
-from longpatch.adapter import load_adapter
+from longpatch.adapter import load_adapter, read_record
+from longpatch.cli import main
 from longpatch.demo import load
 from longpatch.finetune import read_config, train
 from longpatch.models import load_model
@@ -154,3 +155,40 @@ def test_a_prompt_without_gradient_trains_the_answer_alone(folder):
     assert curves[0][0] == pytest.approx(curves[1][0], abs=1e-4)  # the same losses,
     assert curves[0][2] != pytest.approx(curves[1][2], abs=1e-4)  # other gradients,
     assert curves[1][2] < curves[1][0]  # that teach
+
+
+def test_a_stream_trains_and_is_counted_as_far_as_it_was_read(folder, capsys):
+    data = {"streaming": True, "pack": False, "train": str(folder / "texts.jsonl"), "length": 64}
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": f"{i} {WORDS}"}) + "\n" for i in range(1000)))
+    config = write_config(folder, "stream", steps=4, data=data)
+    output = train(read_config(config))
+    assert losses(output)[-1] < losses(output)[0]
+    (kept,) = read_record(output)["data"]
+    assert 8 <= kept["documents"] < 100
+    assert kept["tokens"] == kept["trained"] > 8 * 20
+    (at_two,) = read_record(output / "checkpoint-2")["data"]
+    assert 4 <= at_two["documents"] < kept["documents"]
+    assert f"{kept['documents']:>12}" in capsys.readouterr().out
+    with pytest.raises(LongpatchError, match=r"no training\.dataloader_num_workers"):
+        read_config(config, ["training.dataloader_num_workers=1"])
+
+
+def test_rows_become_a_token_file_that_trains(folder):
+    (folder / "some.jsonl").write_text("".join(json.dumps({"text": f"{i} {WORDS}"}) + "\n" for i in range(150)))
+    out = folder / "some.bin"
+    assert main(["tokenize", str(folder / "base"), str(folder / "some.jsonl"), str(out), "--workers", "1"]) == 0
+    curves = []
+    for name in ("some.bin", "some.jsonl"):
+        data = {"data_root": str(folder), "train": name, "bos": False}
+        output = train(read_config(write_config(folder, f"from-{name}", steps=4, data=data)))
+        curves.append(losses(output))
+    assert curves[0] == curves[1]
+    assert curves[0][-1] < curves[0][0] - 0.1
+
+
+def test_wrong_rows_stop_a_run_before_its_model_is_loaded(folder, monkeypatch):
+    (folder / "wrong.jsonl").write_text("[]\n")
+    monkeypatch.setattr("longpatch.finetune.run.prepare_model", lambda config: pytest.fail("the model was loaded"))
+    with pytest.raises(LongpatchError, match=r"wrong.jsonl:1 is not a JSON object"):
+        train(read_config(write_config(folder, "wrong", data={"train": str(folder / "wrong.jsonl")})))
+    assert not (folder / "wrong").exists()

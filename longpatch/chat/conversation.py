@@ -12,11 +12,10 @@ from transformers import TextStreamer
 from ..data.tokens import Tokens
 from ..errors import LongpatchError
 from ..temp_lora import Learner
-from ..templates import TEMPLATES, find_template, render
-from .sampling import Sampling
+from ..templates import PLACE, answer_end, find_template, render
+from .sampling import Sampling, end_tokens
 from .stopping import Stopped
 
-PLACE = "\x00the answer\x00"
 READ = 1024  # tokens read in one forward
 CONTEXT = 1024  # tokens before those that are learned
 
@@ -38,7 +37,7 @@ class Conversation:
 
     Args:
         model: any causal language model of transformers, converted or not.
-        template: as `find_template` takes it. "none" puts what the user says plainly, a line of its own.
+        template: as `find_template` takes it.
         sampling: how answers are written.
         learner: from `temp_lora`; learns each `learn_tokens` tokens of the conversation as it goes on. What is in the
             cache stays as it was read.
@@ -59,12 +58,8 @@ class Conversation:
         self.template = find_template(tokenizer, template)
         self.sampling, self.learner, self.learn_tokens = sampling or Sampling(), learner, learn_tokens
         self._first = [{"role": "system", "content": system}] if system else []
-        self._ends = () if self._plain else self._turn_ends()
+        self._end, self._ends = answer_end(tokenizer, self.template), end_tokens(self.tokens, self.template)
         self.reset()
-
-    @property
-    def _plain(self) -> bool:
-        return self.template == TEMPLATES["none"]
 
     def reset(self) -> None:
         """Forget the conversation, and what was learned from it."""
@@ -106,24 +101,18 @@ class Conversation:
     def _turn(self, text: str) -> list[int]:
         """Ids from the end of the last answer to where the next one begins."""
         asked = {"role": "user", "content": text}
-        begun = bool(self.ids.shape[1])
-        if self._plain and begun:
-            return self.tokens.inner(f"\n{text}\n")
-        if not begun:
+        if not self.ids.shape[1]:
             return self.tokens.plain(render(self.tokenizer, self.template, [*self.messages, asked], prompt=True))
         answered = [*self.messages[:-1], {"role": "assistant", "content": PLACE}, asked]
         _, found, after = render(self.tokenizer, self.template, answered, prompt=True).rpartition(PLACE)
         if not found:
             raise LongpatchError("chat", ["the chat template leaves earlier answers out"], "--chat-template NAME|FILE")
-        new = self.tokens.inner(after)
-        last = self.ids[0, -1].item()
-        return new[1:] if new[:1] == [last] and last in self.tokens.special else new
-
-    def _turn_ends(self) -> tuple[int, ...]:
-        """The token that the template puts after an answer, where it is a special one."""
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PLACE}]
-        after = self.tokens.inner(render(self.tokenizer, self.template, messages).rpartition(PLACE)[2].lstrip())
-        return tuple(token for token in after[:1] if token in self.tokens.special)
+        end = self._end if after.startswith(self._end) else ""
+        new = self.tokens.inner(end) + self.tokens.inner(after[len(end) :])
+        first = next((place for place, token in enumerate(new) if token in self.tokens.special), None)
+        if first is not None and new[first] == self.ids[0, -1].item():  # the model has written this end
+            new = new[first + 1 :]
+        return new
 
     @torch.no_grad()
     def _read(self, stop: threading.Event) -> bool:

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ..data.tokens import Tokens
 from ..errors import LongpatchError, at_least, is_number
+from ..templates import answer_end
 
 
 @dataclass(frozen=True)
@@ -44,3 +46,9 @@ class Sampling:
             "pad_token_id": min(ids, default=0),
             **(drawn if self.temperature else {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}),
         }
+
+
+def end_tokens(tokens: Tokens, template: str) -> tuple[int, ...]:
+    """The token that the template puts after an answer, where it is a special one."""
+    after = tokens.inner(answer_end(tokens.tokenizer, template).lstrip())
+    return tuple(token for token in after[:1] if token in tokens.special)

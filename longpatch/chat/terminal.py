@@ -23,6 +23,8 @@ BLOCK = '"""'
 
 def run(conversation: Conversation, ask: Callable[[str], str] | None = None, status: TextIO | None = None) -> None:
     """Read messages and commands with `ask(prompt)` until it raises EOFError; `status` gets all but the answers."""
+    if ask is None:
+        edit_lines()
     ask, shown = ask or input, status or sys.stderr
     while True:
         try:
@@ -41,6 +43,15 @@ def run(conversation: Conversation, ask: Callable[[str], str] | None = None, sta
                 answer(conversation, line, shown)
         except LongpatchError as error:
             print(error, file=shown)
+
+
+def edit_lines() -> None:
+    """Let `input` edit lines, recall earlier ones and take any length: a bare terminal cuts lines at 4,095 bytes."""
+    try:
+        import readline
+    except ImportError:  # Windows has an editor of its own
+        return
+    readline.parse_and_bind("tab: self-insert")
 
 
 def message(ask: Callable[[str], str]) -> str:
@@ -82,13 +93,24 @@ def command(conversation: Conversation, line: str, status: TextIO) -> None:
 
 
 def save(conversation: Conversation, path: Path) -> None:
-    """A row {messages} appended to a .jsonl file; anything else gets the text."""
+    """A row {messages} of all that was answered, appended to a .jsonl file; anything else gets the text."""
+    messages = answered(conversation.messages)
+    if not messages:
+        raise LongpatchError("/save", ["nothing was answered yet"])
     try:
         if path.suffix == ".jsonl":
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": conversation.messages}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
         else:
             turns = (f"{turn['role']}: {turn['content']}\n" for turn in conversation.messages)
             path.write_text("\n".join(turns), encoding="utf-8")
     except OSError as error:
         raise LongpatchError("/save", [f"{path}: {error.strerror}"]) from error
+
+
+def answered(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Without turns that got no answer, as training refuses those; empty where there is none."""
+    system = [turn for turn in messages if turn["role"] == "system"]
+    said = messages[len(system) :]
+    pairs = [pair for pair in zip(said[::2], said[1::2], strict=True) if pair[1]["content"].strip()]
+    return [*system, *(turn for pair in pairs for turn in pair)] if pairs else []

@@ -28,7 +28,7 @@ def build_parser(arguments: list[str]) -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 2 and one line on stderr for anything the user can mend."""
+    """Exit code 2 and one line on stderr for anything the user can mend; 130 where Ctrl-C ended it."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parsed = build_parser(arguments).parse_args(arguments)
     try:
@@ -36,4 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     except LongpatchError as error:
         print(f"{parsed.prog}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{parsed.prog}: stopped", file=sys.stderr)
+        return 130
     return 0

@@ -7,6 +7,8 @@ import torch
 from transformers import TextStreamer
 from transformers.utils import logging
 
+from ..chat.conversation import READ
+from ..chat.sampling import end_tokens
 from ..chat.stopping import Stopped, interrupts
 from ..data.tokens import Tokens
 from ..errors import LongpatchError
@@ -47,18 +49,22 @@ def run(arguments: Namespace) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     settings, text = sampling(arguments), prompt_text(arguments)
+    if arguments.out and not arguments.out.parent.is_dir():
+        raise LongpatchError("generate", [f"--out: no folder {arguments.out.parent}"])
     model, tokenizer = open_converted(arguments)
     torch.manual_seed(arguments.seed)
     tokens = Tokens(tokenizer)
     if arguments.chat_template is None:
-        ids = tokens.text(text, last=False)
+        ids, ends = tokens.text(text, last=False), ()
     else:
         template = find_template(tokenizer, arguments.chat_template)
         ids = tokens.plain(render(tokenizer, template, [{"role": "user", "content": text}], prompt=True))
+        ends = end_tokens(tokens, template)
     inputs = torch.tensor([ids], device=model.device)
-    writer = model
+    writer, reading = model, {"prefill_chunk_size": READ}
     if arguments.temp_lora:
         options = learn_options(arguments)
+        reading = {}  # it reads a part at a time by itself
         writer = TempLoraGenerator(
             model,
             chunk_tokens=arguments.learn_tokens,
@@ -71,7 +77,8 @@ def run(arguments: Namespace) -> None:
             attention_mask=torch.ones_like(inputs),
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             stopping_criteria=[Stopped(stop)],
-            **settings.arguments(model, tokenizer),
+            **settings.arguments(model, tokenizer, ends),
+            **reading,
         )
     if arguments.out:
         arguments.out.write_text(tokenizer.decode(output[0], skip_special_tokens=True), encoding="utf-8")

@@ -1,10 +1,12 @@
 """Look at the rows of a training configuration as the model will see them: what is trained stands ⟦in brackets⟧.
 
-Prints what became of each source and draws how long its documents are.
+Prints what became of each source and draws how long its documents are; of a stream (data.streaming) it reads the rows
+that it shows and no further, and draws nothing.
 """
 
 import sys
 from argparse import ArgumentParser, Namespace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -42,14 +44,20 @@ def run(arguments: Namespace) -> None:
     if paths is None:
         raise LongpatchError("inspect-data", ["the configuration has no data.validation"])
     tokenizer = load_tokenizer(config.model.name)
-    rows = load_rows(paths, data, tokenizer)
-    assert isinstance(rows, Rows)
+    rows = load_rows(paths, data, tokenizer, streaming=data.streaming and not arguments.validation)
+    if isinstance(rows, Rows):
+        numbers = sorted({i * len(rows) // arguments.rows for i in range(arguments.rows)})
+        shown, total = ((number, rows[number]) for number in numbers), f" of {len(rows):,}"
+    else:
+        shown, total = enumerate(islice(rows, arguments.rows)), ""
     marks = COLOURS if sys.stdout.isatty() else MARKS
-    for number in sorted({i * len(rows) // arguments.rows for i in range(arguments.rows)}):
-        row = rows[number]
+    for number, row in shown:
         trained = int((row["labels"] >= 0).sum())
-        print(f"--- row {number} of {len(rows):,}: {len(row['input_ids']):,} tokens, {trained:,} trained")
+        print(f"--- row {number}{total}: {len(row['input_ids']):,} tokens, {trained:,} trained")
         print(marked(row, tokenizer, marks))
+    if not isinstance(rows, Rows):
+        print(table(rows.counts))
+        return
     lengths = rows.lengths if len(rows.lengths) else np.array([len(rows.tokens)])
     draw_lengths(arguments.plot, lengths, data.length)
     if rows.counts:

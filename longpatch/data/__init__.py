@@ -45,5 +45,9 @@ def load_rows(
         rows = Rows.from_store(open_store(parts, section, tokenizer), section, bos)
     if not len(rows):
         names = ", ".join(part.name for part in parts)
-        raise LongpatchError("data", [f"no row of at least {section.min_length} tokens in {names}"])
+        reasons = [f"no row of at least {section.min_length} tokens in {names}"]
+        long = sum(count.long for count in rows.counts)
+        if long:
+            reasons.append(f"{long:,} conversations have more than length={section.length}")
+        raise LongpatchError("data", reasons)
     return rows

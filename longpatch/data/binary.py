@@ -12,6 +12,7 @@ from .tokens import fingerprint
 DTYPES = {"uint16": np.uint16, "uint32": np.uint32}
 CHECKED = 2**24  # tokens that are looked at in one go
 SUPPORTED = "uint16 or uint32, and the tokenizer that the file was made with"
+DESCRIBED = {"dtype": str, "vocabulary": int, "tokenizer": str, "tokens": int}
 
 
 def is_binary(path: str) -> bool:
@@ -30,6 +31,9 @@ class TokenWriter:
             writer.append(ids)
 
     `counts` is plain data that the description keeps.
+
+    Raises:
+        LongpatchError: where a file that describes no tokens has the description's name.
     """
 
     def __init__(self, path: str | Path, tokenizer: Any):
@@ -39,6 +43,10 @@ class TokenWriter:
         self.tokens = 0
         self.counts: Any = None
         self._unfinished = self.path.with_suffix(".bin.unfinished")
+        beside = sidecar(self.path)
+        if beside.exists() and not _describes_tokens(beside):
+            reason = f"{beside} exists and describes no tokens, so it is not written over"
+            raise LongpatchError("tokenize", [reason], "another name")
 
     def __enter__(self) -> "TokenWriter":
         self._file = self._unfinished.open("wb")
@@ -76,7 +84,8 @@ def read_binary(path: str | Path, tokenizer: Any, described: bool = True) -> np.
     """Token ids `[n]` as a memory map.
 
     Args:
-        described: refuse a file with no description beside it; otherwise that is taken for uint16.
+        described: refuse a file with no description beside it; otherwise that is taken for uint16, where those
+            hold the vocabulary.
 
     Raises:
         LongpatchError: where the file is not what its description says, was made with another tokenizer, or holds an
@@ -84,6 +93,9 @@ def read_binary(path: str | Path, tokenizer: Any, described: bool = True) -> np.
     """
     path, vocabulary = Path(path), len(tokenizer)
     if not described and path.is_file() and not sidecar(path).exists():
+        if vocabulary > 2**16:
+            reason = f"{path} has no description {sidecar(path).name}, and uint16 does not hold {vocabulary} tokens"
+            raise LongpatchError("data", [reason], SUPPORTED)
         description: dict[str, Any] = {"dtype": "uint16"}
     else:
         description = _description(path)
@@ -92,9 +104,9 @@ def read_binary(path: str | Path, tokenizer: Any, described: bool = True) -> np.
     if dtype not in DTYPES:
         raise LongpatchError("data", [f"{path} says dtype={dtype!r}"], SUPPORTED)
     size, width = path.stat().st_size, np.dtype(DTYPES[dtype]).itemsize
-    tokens = description.get("tokens", size / width)
+    tokens = description.get("tokens", size // width)
     if size != tokens * width:
-        reasons.append(f"{path} has {size} bytes, not {tokens:g} tokens of {dtype}")
+        reasons.append(f"{path} has {size} bytes, not {tokens} tokens of {dtype}")
     if description.get("vocabulary", vocabulary) != vocabulary:
         reasons.append(f"{path} was made for {description['vocabulary']} tokens, the tokenizer has {vocabulary}")
     elif "tokenizer" in description and description["tokenizer"] != fingerprint(tokenizer):
@@ -114,13 +126,18 @@ def read_binary(path: str | Path, tokenizer: Any, described: bool = True) -> np.
 def _description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(sidecar(path).read_text(encoding="utf-8"))
-        if (
-            not all(isinstance(description[name], int) for name in ("vocabulary", "tokens"))
-            or "dtype" not in description
-        ):
-            raise TypeError("dtype, vocabulary or tokens is none")
+        wrong = [name for name, kind in DESCRIBED.items() if not isinstance(description[name], kind)]
+        if wrong:
+            raise TypeError(f"{', '.join(wrong)} is none")
         path.stat()
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{path} has no usable description {sidecar(path).name}: {error!r}"
-        raise LongpatchError("data", [reason], "{dtype, vocabulary, tokens} as JSON") from error
+        raise LongpatchError("data", [reason], f"{{{', '.join(DESCRIBED)}}} as JSON") from error
     return description
+
+
+def _describes_tokens(path: Path) -> bool:
+    try:
+        return set(DESCRIBED) <= set(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return False

@@ -78,10 +78,11 @@ def _turns(row: dict[str, Any], field: str, reasons: list[str]) -> Messages:
             reasons.append(f"{name}.{text_name} is empty")
         else:
             messages.append({"role": roles[role], "content": text})
-    asked = next((place for place, message in enumerate(messages) if message["role"] == "user"), 0)
+    spoken = {message["role"]: place for place, message in reversed(list(enumerate(messages)))}  # first by whom
+    asked = spoken.get("user", spoken.get("system", len(messages)))
     messages = [message for place, message in enumerate(messages) if place >= asked or message["role"] != "assistant"]
     if not reasons and not any(message["role"] == "assistant" for message in messages):
-        reasons.append(f"{field} holds no answer to learn")
+        reasons.append(f"{field} holds no answer to learn, or no question before it")
     return messages
 
 

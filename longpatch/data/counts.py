@@ -34,13 +34,17 @@ def start_counts(parts: list[Part]) -> list[Count]:
     return [Count(part.name) for part in parts]
 
 
-def keep(documents: Iterable[Document], section: DataSection, counts: list[Count]) -> Iterator[Document]:
-    """The documents that rows are made of; those left out are counted."""
+def keep(
+    documents: Iterable[Document], section: DataSection, counts: list[Count], long: list[int] | None = None
+) -> Iterator[Document]:
+    """The documents that rows are made of; those left out are counted, and `long` gets the tokens of too long ones."""
     tokens = 0
     for document in documents:
         count, size = counts[document.part], len(document.ids)
         if document.trained is not None and size > section.length:
             count.long += 1
+            if long is not None:
+                long.append(size)
             continue
         tokens += size
         if document.last:

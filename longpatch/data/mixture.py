@@ -1,8 +1,9 @@
 """Several sources in one: how much of each, and in which order."""
 
+import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,11 @@ def parse_parts(value: str | list[str] | dict[str, Any], root: str | None = None
     Raises:
         LongpatchError: naming every entry that cannot be read.
     """
-    weights = value if isinstance(value, dict) else dict.fromkeys([value] if isinstance(value, str) else value, 1.0)
+    names = [value] if isinstance(value, str) else value
+    weights = value if isinstance(value, dict) else dict.fromkeys(names, 1.0)
     parts, reasons = [], []
+    if len(weights) < len(names):
+        reasons.append("a path is named twice, where {PATH: 2} reads it twice")
     for name, weight in weights.items():
         match = CAP.fullmatch(name)
         path, cap = match.groups() if match else (name, None)
@@ -52,23 +56,23 @@ def parse_parts(value: str | list[str] | dict[str, Any], root: str | None = None
             reasons.append(f"{name}: weight={weight!r} must be a number above 0")
         if path.startswith("hub:") and weight != 1.0:
             reasons.append(f"{name}: the rows of a hub data set are not known, so it takes no weight")
-        if root is not None and not path.startswith("hub:"):
-            path = str(Path(root) / path)
+        if not path.startswith("hub:"):
+            path = os.path.join(os.path.expanduser(root or ""), os.path.expanduser(path))
         parts.append(Part(name, path, int(cap) if cap and cap.isdecimal() else None, weight))
     if reasons or not parts:
         raise LongpatchError("data", reasons or ["no path is given"], SUPPORTED)
     return parts
 
 
-def choose_rows(part: Part, rows: int, seed: int) -> list[set[int]]:
+def choose_rows(part: Part, rows: int, seed: int) -> list[Collection[int]]:
     """Row numbers of each pass over a part of `rows` rows; the same for the same seed."""
     drawn = random.Random(f"{seed} {part.name}")
-    chosen = list(range(rows))
+    numbers: range | list[int] = range(rows)  # which takes no memory for each
     if part.cap is not None and part.cap < rows:
-        chosen = drawn.sample(chosen, part.cap)
+        numbers = drawn.sample(numbers, part.cap)
     whole, rest = divmod(part.weight, 1)
-    passes = [set(chosen)] * int(whole)
-    return [*passes, set(drawn.sample(chosen, round(rest * len(chosen))))]
+    chosen = numbers if isinstance(numbers, range) else frozenset(numbers)
+    return [*[chosen] * int(whole), frozenset(drawn.sample(numbers, round(rest * len(numbers))))]
 
 
 def read_mixture(parts: list[Part], seed: int = 0) -> Iterator[tuple[int, Source]]:
@@ -96,7 +100,7 @@ def read_mixture(parts: list[Part], seed: int = 0) -> Iterator[tuple[int, Source
             yield number, source
 
 
-def _read_passes(files: list[Path], passes: list[set[int]]) -> Iterator[Source]:
+def _read_passes(files: list[Path], passes: list[Collection[int]]) -> Iterator[Source]:
     for chosen in passes:
         if chosen:
             yield from read_rows(files, chosen)

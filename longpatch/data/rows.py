@@ -20,8 +20,8 @@ class Rows(Dataset):
     """`{input_ids, labels}`, each `[n]` int64, cut from `tokens` [N], which may be a memory map.
 
     `trained` [N] says which tokens are labels; None: all of them. With `bos`, each row starts with that token.
-    `counts` say what became of each source, `lengths` [D] are tokens of its documents before any cut; both are
-    empty for a token file.
+    `counts` say what became of each source, `lengths` [D] are tokens of all its documents, before any cut and with
+    those that are left out for their length; both are empty for a token file.
     """
 
     def __init__(self, tokens: np.ndarray, trained: np.ndarray | None, spans: np.ndarray, bos: int | None):
@@ -49,7 +49,7 @@ class Rows(Dataset):
             longest = section.length if bos is None else section.length - 1
             spans = np.stack((starts, np.minimum(store.ends, starts + longest)), axis=1)
             rows = cls(store.tokens, store.trained, spans[store.ends - starts >= section.min_length], bos)
-        rows.counts, rows.lengths = store.counts, np.diff(store.ends, prepend=0)
+        rows.counts, rows.lengths = store.counts, np.concatenate((np.diff(store.ends, prepend=0), store.long))
         return rows
 
     def __len__(self) -> int:

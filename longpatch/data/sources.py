@@ -72,18 +72,28 @@ def read_rows(files: list[Path], chosen: Container[int]) -> Iterator[Source]:
                 if not line.strip():
                     continue
                 if number in chosen:
-                    yield _json(f"{file}:{line_number}", line)
+                    place = f"{file}:{line_number}"
+                    yield Source(place, parse_row(place, line))
                 number += 1
 
 
-def _json(place: str, line: bytes) -> Source:
+def parse_row(place: str, line: bytes) -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Raises:
+        LongpatchError: naming `place`, for a line that is none, or that holds half a character, which is no text.
+    """
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        if b"\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise LongpatchError("data", [f"{place} holds a lone surrogate, half of a character"]) from error
+    except (ValueError, RecursionError) as error:
         raise LongpatchError("data", [f"{place} is not JSON: {error}"]) from error
     if not isinstance(row, dict):
         raise LongpatchError("data", [f"{place} is not a JSON object"])
-    return Source(place, row)
+    return row
 
 
 def _text(path: Path) -> Iterator[Source]:

@@ -18,15 +18,19 @@ from .settings import DataSection
 from .sources import find_files
 from .tokens import fingerprint
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Store(NamedTuple):
-    """Token ids [N], whether each is trained [N], the ends of documents among them [D], and what became of the rest."""
+    """Token ids [N], whether each is trained [N], the ends of documents among them [D]; what became of the others.
+
+    `long` [L] are tokens of the conversations that are left out for their length.
+    """
 
     tokens: np.ndarray
     trained: np.ndarray
     ends: np.ndarray
+    long: np.ndarray
     counts: list[Count]
 
 
@@ -55,9 +59,14 @@ def open_store(parts: list[Part], section: DataSection, tokenizer: Any) -> Store
 
 def _key(parts: list[Part], section: DataSection, encoder: Encoder) -> str:
     """Of the content of all files and of every setting that tokens depend on."""
-    content = [[asdict(part), [[file.name, _digest(file)] for file in find_files(part.path)]] for part in parts]
+    content = [
+        [part.name, part.cap, part.weight, [[file.name, _digest(file)] for file in find_files(part.path)]]
+        for part in parts
+    ]
     settings = [section.length, section.min_length, section.pack, section.seed]
-    key = [FORMAT, content, settings, encoder.template, fingerprint(encoder.tokens.tokenizer)]
+    tokenizer = encoder.tokens.tokenizer
+    named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}  # templates write them
+    key = [FORMAT, content, settings, encoder.template, fingerprint(tokenizer), sorted(named.items())]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
 
@@ -73,9 +82,11 @@ def _write(folder: Path, parts: list[Part], section: DataSection, encoder: Encod
         TokenWriter(folder / "tokens.bin", encoder.tokens.tokenizer) as writer,
         (folder / "trained").open("wb") as marks,
     ):
-        ends = _append(keep(documents, section, counts), writer, marks)
+        long: list[int] = []
+        ends = _append(keep(documents, section, counts, long), writer, marks)
         writer.counts = [asdict(count) for count in counts]
-    np.save(folder / "ends.npy", np.asarray(ends, dtype=np.int64))
+    for name, numbers in (("ends", ends), ("long", long)):
+        np.save(folder / f"{name}.npy", np.asarray(numbers, dtype=np.int64))
 
 
 def _append(documents: Iterable[Document], writer: TokenWriter, marks: Any) -> list[int]:
@@ -92,7 +103,8 @@ def _append(documents: Iterable[Document], writer: TokenWriter, marks: Any) -> l
 def _read(folder: Path, tokenizer: Any) -> Store:
     path = folder / "tokens.bin"
     counts = [Count(**count) for count in json.loads(sidecar(path).read_text(encoding="utf-8"))["counts"]]
-    ends = np.load(folder / "ends.npy")
+    ends, long = (np.load(folder / f"{name}.npy") for name in ("ends", "long"))
     if not len(ends):
-        return Store(np.empty(0, dtype=np.uint16), np.empty(0, dtype=bool), ends, counts)
-    return Store(read_binary(path, tokenizer), np.memmap(folder / "trained", dtype=bool, mode="r"), ends, counts)
+        return Store(np.empty(0, dtype=np.uint16), np.empty(0, dtype=bool), ends, long, counts)
+    trained = np.memmap(folder / "trained", dtype=bool, mode="r")
+    return Store(read_binary(path, tokenizer), trained, ends, long, counts)

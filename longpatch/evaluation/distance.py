@@ -24,9 +24,9 @@ def windows(ids: Tensor, length: int, limit: int | None = None) -> list[Tensor]:
     return [ids[start : start + length] for start in starts]
 
 
-def window_samples(name: str, ids: Sequence[int], length: int, scored: int, limit: int) -> list[Sample]:
-    """One sample a window of a text's `ids`; of each, the last `scored` tokens count."""
-    cut = windows(torch.tensor(ids), length, limit)
+def window_samples(name: str, ids: Tensor, length: int, scored: int, limit: int) -> list[Sample]:
+    """One sample a window of a text's `ids` [n]; of each, the last `scored` tokens count."""
+    cut = windows(ids, length, limit)
     return [Sample({}, {"text": name, "window": number}, (window, scored), length) for number, window in enumerate(cut)]
 
 

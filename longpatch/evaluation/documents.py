@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data.binary import read_binary
+from ..data.sources import parse_row
 from ..errors import LongpatchError
 
 SUPPORTED = "UTF-8 .txt files, .jsonl rows with a text, .bin files of token ids, or folders of these"
@@ -48,7 +49,10 @@ def read_documents(paths: list[Path], field: str = "text", start: int = 0, limit
         try:
             files = sorted(p for p in path.iterdir() if p.suffix in _READERS) if path.is_dir() else [path]
             found = [document for file in files for document in _READERS.get(file.suffix, _read_text)(file, field)]
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
+        except LongpatchError as error:
+            reasons += error.reasons
+            continue
+        except (OSError, UnicodeDecodeError) as error:
             reasons.append(f"{path}: {type(error).__name__}: {error}")
             continue
         if not found:
@@ -69,7 +73,9 @@ def _read_text(path: Path, field: str) -> Iterator[Document]:
 
 
 def _read_rows(path: Path, field: str) -> Iterator[Document]:
-    for number, row in enumerate(read_rows(path)):
+    for number, (place, row) in enumerate(_placed_rows(path)):
+        if not isinstance(row.get(field), str):
+            raise LongpatchError("documents", [f"{place} has no text in {field!r}"])
         yield Document(str(row.get("id", f"{path.name}:{number}")), row[field])
 
 
@@ -82,8 +88,40 @@ _READERS = {".txt": _read_text, ".jsonl": _read_rows, ".bin": _read_tokens}
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a JSON lines file, or of a JSON file that is one list."""
-    text = path.read_text(encoding="utf-8")
+    """Rows of a JSON lines file, or of a JSON file that is one list.
+
+    Raises:
+        LongpatchError: naming file and line.
+    """
+    try:
+        return [row for _, row in _placed_rows(path)]
+    except OSError as error:
+        raise LongpatchError("rows", [f"{path}: {error.strerror}"], "JSON lines, or a list in .json") from error
+
+
+def _placed_rows(path: Path) -> list[tuple[str, dict]]:
+    """Each with "rows.jsonl:7", for messages."""
+    content = path.read_bytes()
     if path.suffix == ".json":
-        return json.loads(text)
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+        try:
+            rows = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise LongpatchError("rows", [f"{path} is not JSON: {error}"]) from error
+        lines = [json.dumps(row).encode() for row in rows] if isinstance(rows, list) else [content]
+    else:
+        lines = content.split(b"\n")
+    placed = [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+    return [(place, parse_row(place, line)) for place, line in placed]
+
+
+def read_texts(paths: list[Path]) -> list[str]:
+    """The texts of all documents of `paths`.
+
+    Raises:
+        LongpatchError: as `read_documents`, and for token files.
+    """
+    documents = read_documents(paths)
+    reasons = [f"{document.file} holds token ids, where a text is needed" for document in documents if document.file]
+    if reasons:
+        raise LongpatchError("documents", reasons, "UTF-8 .txt files, .jsonl rows with a text, or folders of these")
+    return [document.text or "" for document in documents]

@@ -127,6 +127,8 @@ def _contradictions(model: ModelSection, data: DataSection, training: dict[str, 
             reasons.append("data.prompt_grad=false needs training.per_device_train_batch_size=1")
     if data.streaming and training.get("max_steps", -1) <= 0:
         reasons.append("data.streaming=true needs training.max_steps")
+    if data.streaming and training.get("dataloader_num_workers", 0):
+        reasons.append("data.streaming=true is read by one process: no training.dataloader_num_workers (data.workers)")
     if data.streaming and training.get("train_sampling_strategy", "random") != "random":
         reasons.append("data.streaming=true reads rows in order: no training.train_sampling_strategy")
     return reasons

@@ -8,9 +8,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from ..adapter import RECORD, write_record
 from ..convert import unwrap
-from ..data import load_rows, pad_right
+from ..data import Rows, StreamedRows, load_rows, pad_right
 from ..data.counts import table
 from ..errors import LongpatchError
+from ..models import load_tokenizer
 from .config import TrainConfig
 from .model import prepare_model
 
@@ -23,20 +24,20 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     """
     arguments = training_arguments(config)
     set_seed(arguments.seed)
-    model, tokenizer = prepare_model(config)
-    data = config.data
+    data, tokenizer = config.data, load_tokenizer(config.model.name)
     rows = load_rows(data.train, data, tokenizer, streaming=data.streaming)
     validation = None if data.validation is None else load_rows(data.validation, data, tokenizer)
-    if rows.counts:
+    if rows.counts and not data.streaming:
         print(table(rows.counts))
-    record = adapter_record(config, model) | {"data": [asdict(count) for count in rows.counts]}
+    model, _ = prepare_model(config)
+    record = adapter_record(config, model)
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=rows,
         eval_dataset=validation,
         data_collator=pad_right,
-        callbacks=[RecordWriter(record)],
+        callbacks=[RecordWriter(record, rows)],
     )
     last = last_checkpoint(config.output) if resume else None
     trainer.train(resume_from_checkpoint=last)
@@ -44,7 +45,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     trainer.save_state()
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(config.output)
-        write_record(config.output, record)
+        write_record(config.output, record | data_record(rows))
+        if data.streaming and rows.counts:
+            print(table(rows.counts))
     return Path(config.output)
 
 
@@ -82,12 +85,18 @@ def adapter_record(config: TrainConfig, model: Any) -> dict[str, Any]:
     }
 
 
+def data_record(rows: Rows | StreamedRows) -> dict[str, Any]:
+    """What became of each source: of a stream, as far as it was read."""
+    return {"data": [asdict(count) for count in rows.counts]}
+
+
 class RecordWriter(TrainerCallback):
     """Writes `longpatch.json` into each checkpoint."""
 
-    def __init__(self, record: dict[str, Any]):
-        self.record = record
+    def __init__(self, record: dict[str, Any], rows: Rows | StreamedRows):
+        self.record, self.rows = record, rows
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            write_record(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self.record)
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            write_record(folder, self.record | data_record(self.rows))

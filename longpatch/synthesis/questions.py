@@ -13,6 +13,8 @@ from ..errors import LongpatchError, at_least
 from .files import CALL
 
 CHARACTERS = 4  # of a token, about
+GAP = "\n\n[...]\n\n"
+DECODER = json.JSONDecoder()
 REPLY = (
     'Reply with JSON alone: a list of {count} objects {{"question": ..., "answer": ...}}. A reader who has the whole '
     "text, but not these excerpts, must be able to answer; do not mention excerpts. Answer from the text alone."
@@ -24,6 +26,10 @@ PROMPTS = {
     "life": "Below are parts of one book, from its beginning to its end. Choose its main person. Write {count} "
     "question that asks for the whole course of that person's life in the book, and answer it at length, in order.\n",
 }
+
+
+class Unreadable(LongpatchError):
+    """A reply that is not as it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,11 @@ class Asking:
         if reasons:
             raise LongpatchError(CALL, reasons, f"kinds {', '.join(PROMPTS)}")
 
+    @property
+    def characters(self) -> int:
+        """Of a row's text."""
+        return self.length * CHARACTERS
+
 
 @dataclass(frozen=True)
 class Job:
@@ -72,7 +83,7 @@ class Job:
         """The row `{messages, kind, job}`: the text with the first question, then the others.
 
         Raises:
-            LongpatchError: for a reply that is not as it was asked for.
+            Unreadable: for a reply without questions and answers.
         """
         pairs = read_pairs(reply)
         messages = []
@@ -83,39 +94,66 @@ class Job:
 
 
 def make_jobs(texts: dict[str, str], asking: Asking) -> Iterator[Job]:
-    """One job for each stretch of each text and kind, the same for the same seed.
+    """One job for each stretch of each text and kind, and one "life" for each text; the same for the same seed.
 
     Raises:
         LongpatchError: where "details" has too few texts to bring together.
     """
-    size = asking.length * CHARACTERS
     stretches = {
-        f"{place}:{start // size}": text[start : start + size]
+        (place, start): text[start : start + asking.characters]
         for place, text in texts.items()
-        for start in range(0, len(text), size)
-        if start == 0 or len(text) - start > size // 2
+        for start in range(0, len(text), asking.characters)
+        if start == 0 or len(text) - start > asking.characters // 2
     }
     if "details" in asking.kinds and len(stretches) < asking.texts:
         reason = f"{len(stretches)} texts, where 'details' brings {asking.texts} together"
         raise LongpatchError(CALL, [reason], "more texts, or fewer --texts")
-    names = list(stretches)
-    for number, (name, text) in enumerate(stretches.items()):
+    order = list(stretches)
+    Random(asking.seed).shuffle(order)
+    for (place, start), stretch in stretches.items():
         for kind in asking.kinds:
-            random = Random(f"{asking.seed} {kind} {name}")
-            if kind == "details":
-                joined = [names[(number + i) % len(names)] for i in range(asking.texts)]
-                share = size // asking.texts
-                parts = [stretches[other][:share] for other in joined]
+            name = f"{kind}:{place}:{start // asking.characters}"
+            random = Random(f"{asking.seed} {name}")
+            if kind == "detail":
+                yield _job(name, kind, stretch, [stretch], 1, asking, random)
+            elif kind == "details":
+                chosen = [(place, start), *_others((place, start), order, asking.texts - 1)]
+                parts = [stretches[other][: asking.characters // asking.texts] for other in chosen]
                 whole = "\n\n".join(f"Text {i}\n\n{part}" for i, part in enumerate(parts, start=1))
-                each = max(1, asking.segments // asking.texts)
-                excerpts = [cut for part in parts for cut in _spread(part, each, asking, random)]
-            else:
-                whole = text
-                excerpts = _spread(text, 1 if kind == "detail" else asking.segments, asking, random)
-            count = 1 if kind == "life" else asking.questions
-            shown = "\n\n".join(f"[Part {i}]\n{excerpt}" for i, excerpt in enumerate(excerpts, start=1))
-            prompt = f"{PROMPTS[kind].format(count=count)}{REPLY.format(count=count)}\n\n{shown}"
-            yield Job(f"{kind}:{name}", kind, whole, prompt, count)
+                yield _job(name, kind, whole, parts, max(1, asking.segments // asking.texts), asking, random)
+            elif start == 0:
+                parts = _through(texts[place], asking)
+                whole = GAP.join(parts)
+                yield _job(name, kind, whole, parts, asking.segments // len(parts), asking, random)
+
+
+def _job(name: str, kind: str, whole: str, parts: list[str], each: int, asking: Asking, random: Random) -> Job:
+    """`each` excerpts of each of the parts are shown."""
+    count = 1 if kind == "life" else asking.questions
+    excerpts = [excerpt for part in parts for excerpt in _spread(part, each, asking, random)]
+    shown = "\n\n".join(f"[Part {i}]\n{excerpt}" for i, excerpt in enumerate(excerpts, start=1))
+    prompt = f"{PROMPTS[kind].format(count=count)}{REPLY.format(count=count)}\n\n{shown}"
+    return Job(name, kind, whole, prompt, count)
+
+
+def _others(first: tuple[str, int], order: list[tuple[str, int]], count: int) -> list[tuple[str, int]]:
+    """The `count` stretches that follow `first` in `order`: each of another text, while there are such."""
+    at, seen, new, old = order.index(first), {first[0]}, [], []
+    for stretch in (*order[at + 1 :], *order[:at]):
+        if len(new) == count:
+            break
+        (old if stretch[0] in seen else new).append(stretch)
+        seen.add(stretch[0])
+    return [*new, *old][:count]
+
+
+def _through(text: str, asking: Asking) -> list[str]:
+    """A text from its beginning to its end: whole, or evenly spread parts that are as long as a row together."""
+    if len(text) <= asking.characters:
+        return [text]
+    size, gaps = asking.characters // asking.segments, max(1, asking.segments - 1)
+    starts = [i * (len(text) - size) // gaps for i in range(asking.segments)]
+    return [text[start : start + size] for start in starts]
 
 
 def _spread(text: str, count: int, asking: Asking, random: Random) -> list[str]:
@@ -126,16 +164,17 @@ def _spread(text: str, count: int, asking: Asking, random: Random) -> list[str]:
 
 
 def read_pairs(reply: str) -> list[tuple[str, str]]:
-    """Questions and answers of a reply, in JSON, which may stand in other text.
+    """Questions and answers of a reply: the first JSON list of them, which may stand in other text.
 
     Raises:
-        LongpatchError: where there are none.
+        Unreadable: where there is none.
     """
-    found = re.search(r"\[.*\]", reply, flags=re.DOTALL)
-    try:
-        pairs = [(pair["question"].strip(), pair["answer"].strip()) for pair in json.loads(found[0] if found else "")]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        pairs = []
-    if not pairs or not all(question and answer for question, answer in pairs):
-        raise LongpatchError(CALL, [f"the reply holds no questions and answers: {reply[:60]!r}"])
-    return pairs
+    for found in re.finditer(r"\[\s*\{", reply):
+        try:
+            value, _ = DECODER.raw_decode(reply, found.start())
+            pairs = [(pair["question"].strip(), pair["answer"].strip()) for pair in value]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            continue
+        if pairs and all(question and answer for question, answer in pairs):
+            return pairs
+    raise Unreadable(CALL, [f"the reply holds no questions and answers: {reply[:60]!r}"])

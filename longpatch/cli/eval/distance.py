@@ -12,6 +12,7 @@ from ...data.documents import Encoder
 from ...data.mixture import parse_parts, read_mixture
 from ...errors import LongpatchError
 from ...evaluation.distance import ARMS, WAYS, Distance, answer_samples, doubling, window_samples
+from ...evaluation.documents import read_documents
 from ...report.summary import Row
 from ..flags import (
     MODEL_HELP,
@@ -34,7 +35,7 @@ examples:
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("texts", type=Path, nargs="+", metavar="FILE", help="UTF-8 texts, or .jsonl rows")
+    parser.add_argument("texts", type=Path, nargs="+", metavar="FILE", help="UTF-8 texts, .bin, or .jsonl rows")
     parser.add_argument("--length", type=positive, required=True, metavar="N", help="tokens of a window")
     parser.add_argument("--distances", type=positive, nargs="+", metavar="D", help="default: 16, 32, 64, ...")
     parser.add_argument("--scored", type=positive, default=64, metavar="N", help="last tokens of a window that count")
@@ -61,8 +62,12 @@ def run(arguments: Namespace) -> None:
             found = answer_samples(path.name, documents, tokenizer.bos_token_id, max(distances), arguments.length)
             samples += list(found)[:share]
         else:
-            ids = tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False)
-            samples += window_samples(path.name, ids, arguments.length, arguments.scored, share)
+            documents = read_documents([path])
+            for document in documents:
+                ids = document.ids(tokenizer)
+                ids = ids[int(ids[0] == tokenizer.bos_token_id) :]
+                each = -(-share // len(documents))
+                samples += window_samples(document.name, ids, arguments.length, arguments.scored, each)
     if not samples:
         raise LongpatchError("eval distance", [f"no text has {arguments.length} tokens"])
     evaluation = Distance(model, distances, tokenizer.bos_token_id, arguments.seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 from ...endpoint import Endpoint
 from ...errors import LongpatchError
 from ...evaluation import needle
-from ...evaluation.documents import read_documents
+from ...evaluation.documents import read_texts
 from ...evaluation.judge import Judge
 from ...evaluation.metrics import need
 from ...evaluation.needle import Needle, needle_samples
@@ -75,7 +75,7 @@ def run(arguments: Namespace) -> None:
         return
     if not arguments.haystack:
         raise LongpatchError("eval needle", ["no text to hide the needle in"], "files or folders after MODEL")
-    text = "\n\n".join(document.text or "" for document in read_documents(arguments.haystack))
+    text = "\n\n".join(read_texts(arguments.haystack))
     model, tokenizer = open_model(arguments)
     arms = open_arms(arguments, model, ARMS, "eval needle")
     template = chat_template(tokenizer, arguments.chat_template)

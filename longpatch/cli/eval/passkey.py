@@ -8,7 +8,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from ...evaluation.documents import read_documents, read_rows
+from ...evaluation.documents import read_rows, read_texts
 from ...evaluation.passkey import WORDINGS, PassKey, passkey_samples, row_samples
 from ...evaluation.prompts import ARMS, Answerer, chat_template
 from ...families import trained_length
@@ -54,12 +54,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
+    text = read_texts([arguments.text])[0] if arguments.text else None
+    given = read_rows(arguments.rows) if arguments.rows else None
     model, tokenizer = open_model(arguments)
     arms = open_arms(arguments, model, ARMS, "eval passkey")
-    text = read_documents([arguments.text])[0].text if arguments.text else None
     template = chat_template(tokenizer, arguments.chat_template)
-    if arguments.rows:
-        samples = row_samples(read_rows(arguments.rows))
+    if given is not None:
+        samples = row_samples(given)
     else:
         lengths = arguments.lengths or [trained_length(model.config)]
         placed = (arguments.depths, arguments.trials, arguments.digits, arguments.placement, arguments.seed)

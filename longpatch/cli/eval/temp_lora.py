@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ...evaluation.buckets import Bucket, by_length, by_position
+from ...evaluation.documents import read_documents
 from ...evaluation.temp_lora import BASE, Walk, walk_document
 from ...results import record, write_records
 from ...temp_lora.options import LearnOptions
@@ -27,7 +28,7 @@ examples:
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("texts", type=Path, nargs="+", metavar="FILE", help="UTF-8 texts")
+    parser.add_argument("texts", type=Path, nargs="+", metavar="TEXT", help=".txt, .jsonl, .bin, or folders")
     parser.add_argument("--limit", type=positive, metavar="N", help="read the first N texts only")
     parser.add_argument("--tokens", type=positive, metavar="N", help="read the first N tokens only (default: all)")
     add_learning_flags(parser)
@@ -102,6 +103,7 @@ def learn_options(arguments: Namespace) -> LearnOptions:
 
 
 def run(arguments: Namespace) -> None:
+    texts = read_documents(arguments.texts, limit=arguments.limit)
     model, tokenizer = open_converted(arguments)
     walk = Walk(
         arguments.chunk_tokens,
@@ -112,12 +114,10 @@ def run(arguments: Namespace) -> None:
         arguments.fresh_base,
     )
     scores, lines = [], []
-    for path in arguments.texts[: arguments.limit]:
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        text_ids = tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False)
-        ids = torch.tensor(bos + text_ids)[: arguments.tokens]
-        checkpoint = None if arguments.resume is None else arguments.resume / path.stem
-        with tqdm(total=len(ids), desc=path.stem, unit="tok", unit_scale=True, mininterval=2) as progress:
+    for text in texts:
+        ids, name = text.ids(tokenizer)[: arguments.tokens], text.name.removesuffix(".txt")
+        checkpoint = None if arguments.resume is None else arguments.resume / name.replace("/", "_")
+        with tqdm(total=len(ids), desc=name, unit="tok", unit_scale=True, mininterval=2) as progress:
             document = None
             for document in walk_document(model, ids, walk, checkpoint):
                 progress.update(document.position - progress.n)
@@ -130,10 +130,10 @@ def run(arguments: Namespace) -> None:
             *by_length([rechunked], []),
             *by_position([rechunked], size, walk.chunk_tokens, arguments.bucket_start, arguments.bucket_end),
         ]
-        print(f"\n{path.name}, {len(ids):,} tokens")
+        print(f"\n{text.name}, {len(ids):,} tokens")
         print(_table(own, walk), flush=True)
         print("  ".join(f"{part} {seconds:,.0f} s" for part, seconds in document.seconds.items()))
-        lines += [line for found in own for line in _records(arguments, walk, path.name, found)]
+        lines += [line for found in own for line in _records(arguments, walk, text.name, found)]
         lines += [
             record(
                 "eval temp-lora",
@@ -143,7 +143,7 @@ def run(arguments: Namespace) -> None:
                 "s",
                 len(ids),
                 seed=arguments.seed,
-                text=path.name,
+                text=text.name,
                 part=part,
             )
             for part, seconds in document.seconds.items()

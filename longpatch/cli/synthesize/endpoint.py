@@ -42,6 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         default = asking.texts if name == "texts-a-row" else getattr(asking, name)
         parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=f"{what} ({default:,})")
     parser.add_argument("--limit", type=positive, metavar="N", help="the first N requests only")
+    parser.add_argument("--max-tokens", type=positive, metavar="N", help="of a reply (default: as the endpoint has it)")
     parser.add_argument("--per-minute", type=positive, metavar="N", help="requests at most")
     parser.add_argument("--parallel", type=positive, default=4, metavar="N", help="requests at one time (4)")
     parser.add_argument("--retries", type=int, default=5, metavar="N", help="of a request that fails (5)")
@@ -79,6 +80,7 @@ def run(arguments: Namespace) -> None:
         _key(arguments.key_file),
         retries=arguments.retries,
         per_minute=arguments.per_minute,
+        max_tokens=arguments.max_tokens,
     )
     failures = []
     for failure in tqdm(send(jobs, endpoint, arguments.out, arguments.parallel), total=len(jobs), unit="row"):
