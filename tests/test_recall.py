@@ -288,6 +288,22 @@ def test_a_continued_generation_and_the_last_query_alone():
 
 
 @torch.no_grad()
+def test_drafts(mode):
+    """The same text where every query recalls; where only the last does, they are refused before anything is read."""
+    ids = random_ids(1, 40).repeat(1, 2)
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20}
+    model = converted(mode)
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=6, **options), expected)
+    model = converted(replace(mode, queries=1))
+    cache = LambdaCache(model.config)
+    for drafts in ({"prompt_lookup_num_tokens": 6}, {"assistant_model": tiny_llama(1)}):
+        with pytest.raises(LongpatchError, match=r"drafts with recall\.queries=1.*Recall\(queries=None\)"):
+            model.generate(ids, past_key_values=cache, **drafts, **options)
+    assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
 def test_recalled_tells_what_was_recalled():
     """The tokens told are those with the best scores, by the raw queries and keys of the layer."""
     model = converted(Recall(top_k=4, distance=7, from_layer=1))
