@@ -184,8 +184,8 @@ def prepare_drafts(model: Any, **kwargs: Any) -> Any:
         reasons.append(f"drafts with recall.queries={config.recall.queries}: not every token that is verified recalls")
     if reasons:
         supported = (
-            f"num_assistant_tokens or prompt_lookup_num_tokens up to {slack}, constant, or a larger slack; no recall, or "
-            "one of every query, Recall(queries=None)"
+            f"num_assistant_tokens or prompt_lookup_num_tokens up to {slack}, constant, or a larger slack; "
+            "no recall, or Recall(queries=None)"
         )
         raise LongpatchError("generate", reasons, supported)
     return type(model)._get_candidate_generator(model, **kwargs)

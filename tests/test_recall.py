@@ -1,9 +1,12 @@
 """Recall against its dense float64 definition, from each layer's own raw queries, keys and values."""
 
 import argparse
+import copy
 import gc
 import json
+import pickle
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -23,13 +26,15 @@ from longpatch.evaluation.perplexity import cache_bytes
 from longpatch.recall import blocks, memory, search, segment
 from tests.families import tiny_model
 from tests.test_definition import record_attention
-from tests.tiny import random_ids, read_in_chunks, tiny_llama
+from tests.tiny import VOCABULARY, random_ids, read_in_chunks, tiny_llama
 
 WINDOW, SINKS = 12, 3
 
 
 def definition(raw, frequencies, first, scale, window, sinks, recall, queries):
     """Λ-attention, float64 [B, n, H * d], where the best of the middle join the softmax of the queries in `queries`.
+
+    And the tokens that they recall, by (row, head, query), counted from the row's first one.
 
     Queries and keys [B, H, n, d] are raw, before any rotation. The middle of query i: sinks <= j <= i - window, at most
     `max_tokens` of them. Token mode: each head's k best by their scores at `recall.distance`. Block mode: the k best
@@ -59,7 +64,7 @@ def definition(raw, frequencies, first, scale, window, sinks, recall, queries):
         middle = middle & (d < window + recall.max_tokens)
     at_distance = scores_at(torch.full_like(d, recall.distance))
     far_query = turned(query, recall.distance * frequencies)
-    k, size = recall.top_k, recall.block_tokens
+    k, size, recalled = recall.top_k, recall.block_tokens, {}
     for b in range(batch):
         for i in queries:
             tokens = middle[b, i].nonzero().flatten()
@@ -83,8 +88,9 @@ def definition(raw, frequencies, first, scale, window, sinks, recall, queries):
                     chosen = torch.cat([blocks[n] for n in worth.argsort(descending=True)[:k]])
                     chosen = chosen[middle[b, i, chosen]]
                 scores[b, head, i, chosen] = at_distance[b, head, i, chosen]
+                recalled[b, head, i] = set((chosen - first[b]).tolist())
     weights = scores.softmax(dim=-1).nan_to_num()
-    return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2).flatten(2)
+    return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2).flatten(2), recalled
 
 
 SHAPES = st.fixed_dictionaries(
@@ -121,17 +127,16 @@ def test_every_layer_equals_the_definition(case):
     heads, key_heads = case["heads"]
     model = tiny_llama(case["seed"], num_attention_heads=heads, num_key_value_heads=key_heads).double()
     frequencies = model.model.rotary_emb.inv_freq.double()
-    ids, first = random_ids(len(case["padding"]), case["count"], case["seed"]), torch.tensor(case["padding"])
+    ids, first = distinct_ids(len(case["padding"]), case["count"], case["seed"]), torch.tensor(case["padding"])
     mask = (torch.arange(case["count"]) >= first[:, None]).long()
     window = max(case["window"], case["block"])
     convert_llama_model(model, window, case["sinks"], recall=recall)
     seen = record_attention(model)
+    sizes, told = case["chunks"] or (case["count"],), None
     if case["chunks"] is None:
         model(ids, attention_mask=mask, use_cache=False)
-        sizes = (case["count"],)
     else:
-        sizes = case["chunks"]
-        read_in_chunks(model, ids, sizes, mask)
+        told = model.longpatch.recalled(read_in_chunks(model, ids, sizes, mask)[1])
     queries, start, turn = [], 0, 0
     while start < case["count"]:
         stop = min(start + sizes[turn % len(sizes)], case["count"])
@@ -143,10 +148,22 @@ def test_every_layer_equals_the_definition(case):
         raw = [tensor.unflatten(2, (-1, head_dim)).transpose(1, 2) for tensor in raw]
         recalling = queries if recall.covers(number) else []
         sizes = window, case["sinks"]
-        expected = definition(raw, frequencies, first, head_dim**-0.5, *sizes, recall, recalling)
+        expected, recalled = definition(raw, frequencies, first, head_dim**-0.5, *sizes, recall, recalling)
         actual = torch.cat(record["out"], dim=1)
         valid = mask.bool()
         torch.testing.assert_close(actual[valid], expected[valid], atol=3e-5, rtol=1e-4)
+        if told is not None and number in told:
+            of_layer = told[number]
+            for b, head, i in product(range(len(ids)), range(heads), range(of_layer.shape[2])):
+                query = case["count"] - of_layer.shape[2] + i
+                tokens = set(of_layer[b, head, i].tolist()) - {-1}
+                assert tokens == recalled.get((b, head, query), set())
+
+
+def distinct_ids(batch, count, seed=0):
+    """No token twice in a row: no two keys of the first layer, and so no two scores, are the same."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([1 + torch.randperm(VOCABULARY - 1, generator=generator)[:count] for _ in range(batch)])
 
 
 def converted(recall, seed=0, **model):
@@ -165,6 +182,49 @@ def mode(request):
     return MODES[request.param]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_stays_near_float64(mode, dtype):
+    """Now and then rounding changes what is recalled, so the median: as near as within the window, or nearly."""
+    ids = random_ids(1, 80)
+    model = convert_llama_model(tiny_llama(0, dtype), WINDOW, SINKS, recall=mode)
+    actual, _ = read_in_chunks(model, ids, (30, 1))
+    exact = converted(mode).double()(ids).logits
+    error = (actual - exact).abs().mean(dim=-1)[0]
+    assert actual.dtype == dtype
+    assert error[WINDOW + SINKS + 5 :].median() < 3 * error[:WINDOW].mean()
+    assert error.mean() < 0.1 * (converted(None).double()(ids).logits - exact).abs().mean()
+
+
+@torch.no_grad()
+def test_many_queries_take_turns(mode, monkeypatch):
+    """What is fetched at once has a bound, and nothing else depends on it."""
+    model, ids = converted(mode), distinct_ids(2, 90)
+    mask = torch.ones_like(ids)
+    mask[1, :20] = 0
+    expected = model(ids, attention_mask=mask)
+    most, fetch, fetched = 30_000, memory.Memory.fetch, []
+
+    def watched(*arguments):
+        fetched.append(fetch(*arguments))
+        return fetched[-1]
+
+    monkeypatch.setattr(search, "SCORES", most)
+    monkeypatch.setattr(memory.Memory, "fetch", watched)
+    actual = model(ids, attention_mask=mask)
+    close(actual.logits, expected.logits)
+    told, at_once = (model.longpatch.recalled(output.past_key_values) for output in (actual, expected))
+    assert all(torch.equal(*(of[layer].sort().values for of in (told, at_once))) for layer in (0, 1))
+    assert len(fetched) > 20
+    assert max(part.numel() for part in fetched) <= most
+
+
+@pytest.fixture
+def short_segments(monkeypatch):
+    for module in (memory, blocks, search, segment):
+        monkeypatch.setattr(module, "SEGMENT_TOKENS", 16)
+
+
 def test_recall_matters(mode):
     """What the other tests compare is not what the model computes without recall."""
     ids = random_ids(1, 60)
@@ -177,10 +237,8 @@ def test_recall_matters(mode):
 
 
 @torch.no_grad()
-def test_storage_and_segments(mode, tmp_path, monkeypatch):
+def test_storage_and_segments(mode, tmp_path, short_segments):
     """CPU and disk hold what the device holds, in several segments; files are safetensors and go with the cache."""
-    for module in (memory, blocks, search, segment):
-        monkeypatch.setattr(module, "SEGMENT_TOKENS", 16)
     ids = random_ids(2, 90)
     expected, _ = read_in_chunks(converted(mode), ids, (30, 1, 7))
     for storage in ("cpu", "disk"):
@@ -216,19 +274,34 @@ def test_eight_bits(mode):
     assert agree.float().mean() > 0.8
 
 
+@pytest.mark.parametrize("queries", [1, 5, None])
 @torch.no_grad()
-def test_max_tokens_bounds_the_memory(mode, monkeypatch):
-    for module in (memory, blocks, search, segment):
-        monkeypatch.setattr(module, "SEGMENT_TOKENS", 16)
-    model = converted(replace(mode, max_tokens=20))
-    _, cache = read_in_chunks(model, random_ids(1, 300), (10,))
-    held = [part for part in cache.layers[0].memory.segments if part is not None]
-    assert len(held) <= -(-(20 + WINDOW + 8 + 10) // 16) + 1
+def test_max_tokens_bounds_the_memory(mode, queries, short_segments):
+    """However long the text, and read in one forward too unless every query recalls; representatives included."""
+    most = 20
+    model, chunk = converted(replace(mode, max_tokens=most, queries=queries)), 10
+    asking = queries or chunk
+    segments = -(-(most + WINDOW + 8 + asking + chunk) // 16) + 1
+    key_bytes = 2 * 16 * 4  # of one token
+    blocks = 0 if mode.block_tokens == 1 else 2 * key_bytes * 16 // mode.block_tokens
+    bound = segments * (16 * 2 * key_bytes + blocks)
+    ids, cache, held = random_ids(1, 400), LambdaCache(model.config), []
+    for start in range(0, 400, chunk):
+        model(ids[:, start : start + chunk], past_key_values=cache)
+        held.append(cache.memories()[0].nbytes)
+    assert max(held) <= bound
+    assert max(held[-8:]) == max(held[-16:-8])  # sixteen forwards, ten segments
     recalled = model.longpatch.recalled(cache)[0]
-    latest = 300 - 1 - WINDOW
+    latest = 400 - 1 - WINDOW
     assert recalled.max() <= latest
     last_query = recalled[:, :, -1]
-    assert last_query[last_query >= 0].min() > latest - 20
+    assert last_query[last_query >= 0].min() > latest - most
+
+    whole = model(ids).past_key_values
+    read_in_chunks(model, random_ids(1, 2), (1,), cache=whole)
+    assert whole.memories()[0].nbytes <= bound
+    if queries is not None:
+        assert model(ids).past_key_values.memories()[0].nbytes <= bound
 
 
 @pytest.mark.parametrize("storage", ["device", "disk"])
@@ -244,8 +317,10 @@ def test_taking_back_beams_and_batches(mode, storage):
     close(read_in_chunks(model, ids[:, 60:], (10,), mask, cache)[0][0], whole[0, 60:])
     cache.crop(-8)
     cache.batch_repeat_interleave(2)
+    close(read_in_chunks(model, ids[[0, 0, 1, 1], 62:64], (1,), mask[[0, 0, 1, 1]], cache)[0][0], whole[0, 62:64])
     cache.batch_select_indices(torch.tensor([3, 0]))
-    close(read_in_chunks(model, ids[[1, 0], 62:], (8,), mask[[1, 0]], cache)[0], whole[[1, 0], 62:])
+    assert model.longpatch.recalled(cache)[0].shape[0] == 2
+    close(read_in_chunks(model, ids[[1, 0], 64:], (6,), mask[[1, 0]], cache)[0], whole[[1, 0], 64:])
     cache.reset()
     close(read_in_chunks(model, ids, (70,), mask, cache)[0][0], whole[0])
     options = {"attention_mask": mask, "num_beams": 3, "max_new_tokens": 8, "do_sample": False}
@@ -446,11 +521,34 @@ def test_adapters(mode):
     assert torch.equal(first.generate(input_ids=ids, **options), then.generate(input_ids=ids, **options))
 
 
+@pytest.mark.parametrize("change", [{}, {"max_tokens": 20}, {"bits": 8, "storage": "disk"}], ids=str)
+@torch.no_grad()
+def test_a_copied_cache_goes_its_own_way(mode, change, short_segments, tmp_path):
+    """Each has its files: the copy writes other text, the original goes on, and the copy outlives it."""
+    folder = {"folder": str(tmp_path)} if "storage" in change else {}
+    model, ids = converted(replace(mode, **change, **folder)), random_ids(1, 80)
+    cache = read_in_chunks(model, ids[:, :60], (20,))[1]
+    twin = copy.deepcopy(cache)
+    assert model.longpatch.recalled(twin).keys() == {0, 1}
+    read_in_chunks(model, random_ids(1, 20, 5), (4,), cache=twin)
+    twin.crop(-8)
+    expected = read_in_chunks(model, ids, (20, 20, 20, *[4] * 5))[0]
+    close(read_in_chunks(model, ids[:, 60:], (4,), cache=cache)[0], expected[:, 60:])
+    before = read_in_chunks(model, random_ids(1, 8, 6), (4,), cache=copy.deepcopy(twin))[0]
+    del cache
+    gc.collect()
+    close(read_in_chunks(model, random_ids(1, 8, 6), (4,), cache=twin)[0], before)
+    if "storage" in change:
+        with pytest.raises(LongpatchError, match=r"storage='disk' go with their cache.*deepcopy"):
+            pickle.dumps(twin)
+    del twin
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("change", [{}, {"bits": 8}, {"storage": "disk"}], ids=["as it is", "8 bits", "disk"])
 @torch.no_grad()
-def test_a_cache_in_a_file_keeps_what_it_remembers(mode, change, tmp_path, monkeypatch):
-    for module in (memory, blocks, search, segment):
-        monkeypatch.setattr(module, "SEGMENT_TOKENS", 16)
+def test_a_cache_in_a_file_keeps_what_it_remembers(mode, change, tmp_path, short_segments):
     model, ids = converted(replace(mode, **change)), random_ids(2, 60)
     _, cache = read_in_chunks(model, ids[:, :50], (20,))
     save_cache(cache, tmp_path / "cache.safetensors")
@@ -462,19 +560,23 @@ def test_a_cache_in_a_file_keeps_what_it_remembers(mode, change, tmp_path, monke
 
 @pytest.mark.parametrize("bits", [None, 8])
 @torch.no_grad()
-def test_bytes_are_those_of_the_formula(mode, bits):
-    """Sinks and ring, and in every layer whole segments of 4,096 tokens; block mode: two keys in float32 a block."""
+def test_bytes_are_those_of_the_formula(mode, bits, monkeypatch):
+    """Sinks and ring, and in every layer whole segments; block mode: two keys in float32 a block that was left."""
+    for module in (memory, blocks, search, segment):
+        monkeypatch.setattr(module, "SEGMENT_TOKENS", 64)
     model = converted(replace(mode, bits=bits, queries=1))
     cache = LambdaCache(model.config)
-    read_in_chunks(model, random_ids(2, 60), (60,), cache=cache)
-    model(random_ids(2, 1), past_key_values=cache)
-    layers, rows, heads, dim = 2, 2, 2, 16
-    number = 4 if bits is None else 1 + 4 / dim
-    remembered = 2 * rows * heads * dim * number * 4096
-    if mode.block_tokens > 1:
-        remembered += 2 * rows * heads * dim * 4 * 64  # room for 64 blocks
+    read_in_chunks(model, random_ids(2, 400), (400, 1), cache=cache)
+    layers, rows, heads, dim, number = 2, 2, 2, 16, 4 if bits is None else 1 + 4 / 16
     ring = 2 * rows * heads * dim * 4 * (2 * SINKS + WINDOW + 8)
-    assert cache_bytes(cache) == layers * (ring + remembered)
+    for count in (400, 460):
+        if count > 400:
+            read_in_chunks(model, random_ids(2, 60), (1,), cache=cache)
+        remembered = 2 * rows * heads * dim * number * 64 * -(-(count - SINKS) // 64)
+        if mode.block_tokens > 1:
+            left = -(-(count - SINKS - WINDOW) // 64)  # segments with a token that left the window
+            remembered += 2 * rows * heads * dim * 4 * left * 64 // mode.block_tokens
+        assert cache_bytes(cache) == layers * (ring + remembered)
 
 
 @torch.no_grad()
