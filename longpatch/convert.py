@@ -5,6 +5,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
@@ -112,12 +113,14 @@ def convert_model(
         slack = int(marker.get("slack", 64))
     if implementation is None:
         implementation = str(marker.get("implementation", "auto"))
-    if recall is None and marker.get("recall"):
+    if not isinstance(recall, Recall | None) and recall is not False:
+        reasons.append(f"recall={recall!r} must be a Recall, False or None")
+        recall = None
+    elif recall is None and marker.get("recall"):
         recall = Recall(**marker["recall"])
-    recall = recall or None
     try:
-        settings = LambdaConfig(local_branch, global_branch, limit_distance, slack, implementation, recall)
-        reasons += _recall_reasons(recall, config)
+        settings = LambdaConfig(local_branch, global_branch, limit_distance, slack, implementation, recall or None)
+        reasons += _recall_reasons(settings, config)
     except LongpatchError as error:
         raise LongpatchError("convert_model", reasons + error.reasons, supported_families()) from None
     if reasons:
@@ -210,11 +213,16 @@ def _has_meta_parameters(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters(recurse=False))
 
 
-def _recall_reasons(recall: Recall | None, config: Any) -> list[str]:
-    layers = getattr(config, "num_hidden_layers", None)
-    if recall is None or layers is None or any(recall.covers(layer) for layer in range(layers)):
+def _recall_reasons(settings: LambdaConfig, config: Any) -> list[str]:
+    recall, reasons = settings.recall, []
+    if recall is None or getattr(config, "model_type", None) not in FAMILIES:
         return []
-    return [f"recall from layer {recall.from_layer} to {recall.to_layer} covers none of the model's {layers} layers"]
+    if recall.folder is not None and not Path(recall.folder).is_dir():
+        reasons.append(f"recall.folder={recall.folder!r} is no folder")
+    if all(layer.config.recall is None for layer in layer_settings(config, settings)):
+        covered = f"recall from layer {recall.from_layer} to {recall.to_layer} covers none of the model's"
+        reasons.append(f"{covered} {config.num_hidden_layers} layers, of which those that stay sliding never recall")
+    return reasons
 
 
 def _trained_length(config: Any) -> int:

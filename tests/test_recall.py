@@ -5,9 +5,10 @@ import copy
 import gc
 import json
 import pickle
+import re
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -342,21 +343,20 @@ def test_padded_rows_equal_the_rows_alone(mode):
 
 @torch.no_grad()
 def test_a_continued_generation_and_the_last_query_alone():
-    """Two turns equal one; by default only the last query of a forward recalls."""
+    """Two turns are what a loop by hand says; by default only the last query of a forward recalls."""
     model, first, second = converted(Recall(top_k=4)), random_ids(1, 30), random_ids(1, 1, seed=1)
     options = {"do_sample": False, "return_dict_in_generate": True, "max_new_tokens": 25}
     turn = model.generate(first, **options)
     text = torch.cat((turn.sequences, second), dim=1)
     again = model.generate(text, past_key_values=turn.past_key_values, **options)
-    output = model(text[:, :30])
-    step = output.logits[:, -1:].argmax(-1)
-    ids = [step]
-    for _ in range(24):
-        output = model(step, past_key_values=output.past_key_values)
-        step = output.logits[:, -1:].argmax(-1)
-        ids.append(step)
-    assert torch.equal(torch.cat((first, *ids), dim=1), turn.sequences)
-    assert again.sequences.shape == (1, 81)
+    ids, cache, new = first, None, first
+    for said in (turn, again):
+        for _ in range(25):
+            output = model(new, past_key_values=cache)
+            cache, new = output.past_key_values, output.logits[:, -1:].argmax(-1)
+            ids = torch.cat((ids, new), dim=1)
+        assert torch.equal(ids, said.sequences)
+        ids, new = torch.cat((ids, second), dim=1), torch.cat((new, second), dim=1)  # the last word was not read yet
     plain, recalling = (converted(recall)(first, use_cache=False).logits for recall in (None, Recall(top_k=4)))
     close(recalling[:, :-1], plain[:, :-1])
     assert (recalling[:, -1] - plain[:, -1]).abs().max() > 1e-3
@@ -394,6 +394,8 @@ def test_recalled_tells_what_was_recalled():
     assert torch.equal(recalled[1][:, :, 0].sort().values, best.sort().values)
     with pytest.raises(LongpatchError, match="without recall"):
         converted(None).longpatch.recalled(output.past_key_values)
+    with pytest.raises(LongpatchError, match=r"cache is a NoneType.*use_cache=True"):
+        model.longpatch.recalled(model(random_ids(1, 60), use_cache=False).past_key_values)
 
 
 @torch.no_grad()
@@ -447,6 +449,21 @@ def test_settings_are_saved_and_refused(tmp_path):
         converted(Recall(block_tokens=16))
     with pytest.raises(LongpatchError, match="none of the model's 2 layers"):
         converted(Recall(from_layer=2))
+    with pytest.raises(LongpatchError, match=r"from layer 0 to 1 covers none.*sliding never recall"):
+        convert_model(tiny_model("gemma3_text"), WINDOW, SINKS, recall=Recall(to_layer=1))
+    for name in ("top_k", "block_tokens"):
+        with pytest.raises(LongpatchError, match=f"{name}=None must be an integer"):
+            Recall.parse(f"{name}=None,max_tokens=9")
+    model = tiny_llama()
+    for wrong in (True, 5, 0, "default", {"top_k": 3}):
+        with pytest.raises(LongpatchError, match=re.escape(f"recall={wrong!r} must be a Recall, False or None")):
+            convert_model(model, WINDOW, SINKS, recall=wrong)
+    with pytest.raises(LongpatchError, match="folder=5 must be a path"):
+        Recall(storage="disk", folder=cast(Any, 5))
+    with pytest.raises(LongpatchError, match=r"recall\.folder=.*missing' is no folder"):
+        convert_model(model, WINDOW, SINKS, recall=Recall(storage="disk", folder=tmp_path / "missing"))
+    convert_model(model, WINDOW, SINKS, recall=Recall(storage="disk", folder=tmp_path)).save_pretrained(tmp_path)
+    assert convert_model(type(model).from_pretrained(tmp_path)).longpatch.config == model.longpatch.config
     model, ids = converted(Recall()), random_ids(2, 30)
     with pytest.raises(LongpatchError, match="needs a memory"):
         model(ids, past_key_values=DynamicCache())
@@ -481,7 +498,7 @@ def test_the_default_distance(window, distance, mode):
     assert (default - other).abs().max() > 1e-3
 
 
-def test_recall_from_the_command_line():
+def test_recall_from_the_command_line(tmp_path):
     parser = argparse.ArgumentParser()
     add_model_flags(parser)
     arguments = parser.parse_args(["--local-branch", "12", "--global-branch", "3", "--recall", "top_k=4,distance=5"])
@@ -492,6 +509,11 @@ def test_recall_from_the_command_line():
         assert model.longpatch.config.recall == Recall(top_k=4, distance=5)
     with baseline.applied(model):
         assert model.longpatch.config.recall is None
+    converted(Recall()).save_pretrained(tmp_path)
+    saved = type(model).from_pretrained(tmp_path)
+    for flags, recall in (([], Recall()), (["--recall", "none"], None)):
+        settings = conversion_settings(parser.parse_args(flags))
+        assert convert_model(saved, **settings).longpatch.config.recall == recall
 
 
 def test_a_saved_recall_can_be_left_out(tmp_path):
