@@ -26,7 +26,8 @@ class Recall:
         queries: the last so many queries of each forward recall, one in LM-Infinite; None means every query.
         block_tokens: tokens of a block; a divisor of 4,096, and at most the window. Blocks count from the sinks.
         storage: where keys and values are kept: "device" (the model's), "cpu" (pinned where there is a GPU), "disk".
-        folder: where the files of "disk" go; None means the system's temporary folder. They go with the cache.
+        folder: where the files of "disk" go, a folder that is there; None means the system's temporary one. They go
+            with the cache.
         bits: 8 keeps keys and values in 8 bits with one scale for each token and head; None keeps them as they are.
         max_tokens: only the latest so many tokens that left the window can be recalled; older ones are forgotten.
 
