@@ -141,20 +141,23 @@ def test_taking_back_beams_and_batches(mode, storage):
 @pytest.mark.parametrize("change", [{}, {"max_tokens": 20}, {"bits": 8, "storage": "disk"}], ids=str)
 @torch.no_grad()
 def test_a_copied_cache_goes_its_own_way(mode, change, short_segments, tmp_path):
-    """Each has its files: the copy writes other text, the original goes on, and the copy outlives it."""
+    """Each has its files: both go on, by turns, with texts of their own, and the copy outlives the original."""
     folder = {"folder": str(tmp_path)} if "storage" in change else {}
-    model, ids = converted(replace(mode, **change, **folder)), random_ids(1, 80)
+    model, ids, other = converted(replace(mode, **change, **folder)), random_ids(1, 120), random_ids(1, 120, 5)
+    expected, of_twin = (
+        read_in_chunks(model, text, (20,))[0][:, 60:] for text in (ids, torch.cat((ids[:, :60], other[:, 60:]), dim=1))
+    )
     cache = read_in_chunks(model, ids[:, :60], (20,))[1]
     twin = copy.deepcopy(cache)
     assert model.longpatch.recalled(twin).keys() == {0, 1}
-    read_in_chunks(model, random_ids(1, 20, 5), (4,), cache=twin)
-    twin.crop(-8)
-    expected = read_in_chunks(model, ids, (20, 20, 20, *[4] * 5))[0]
-    close(read_in_chunks(model, ids[:, 60:], (4,), cache=cache)[0], expected[:, 60:])
-    before = read_in_chunks(model, random_ids(1, 8, 6), (4,), cache=copy.deepcopy(twin))[0]
-    del cache
+    for start in (60, 80, 100):
+        for text, logits, each in ((ids, expected, cache), (other, of_twin, twin)):
+            actual = read_in_chunks(model, text[:, start : start + 20], (20,), cache=each)[0]
+            close(actual, logits[:, start - 60 : start - 40])
+    del cache, each
     gc.collect()
-    close(read_in_chunks(model, random_ids(1, 8, 6), (4,), cache=twin)[0], before)
+    twin.crop(-8)
+    close(read_in_chunks(model, other[:, 112:], (8,), cache=twin)[0], of_twin[:, -8:])
     if "storage" in change:
         with pytest.raises(LongpatchError, match=r"storage='disk' go with their cache.*deepcopy"):
             pickle.dumps(twin)

@@ -40,9 +40,9 @@ def test_settings_are_saved_and_refused(tmp_path):
         with pytest.raises(LongpatchError, match=f"{name}=None must be an integer"):
             Recall.parse(f"{name}=None,max_tokens=9")
     model = tiny_llama()
-    for wrong in (True, 5, 0, "default", {"top_k": 3}):
-        with pytest.raises(LongpatchError, match=re.escape(f"recall={wrong!r} must be a Recall, False or None")):
-            convert_model(model, WINDOW, SINKS, recall=wrong)
+    for value in (True, 5, 0, "default", {"top_k": 3}):
+        with pytest.raises(LongpatchError, match=re.escape(f"recall={value!r} must be a Recall, False or None")):
+            convert_model(model, WINDOW, SINKS, recall=cast(Any, value))
     with pytest.raises(LongpatchError, match="folder=5 must be a path"):
         Recall(storage="disk", folder=cast(Any, 5))
     with pytest.raises(LongpatchError, match=r"recall\.folder=.*missing' is no folder"):
