@@ -13,7 +13,7 @@ from longpatch.endpoint import Endpoint
 from longpatch.evaluation.arms import Arm
 from longpatch.evaluation.attention import principal_components, recording
 from longpatch.evaluation.judge import Judge
-from longpatch.evaluation.metrics import best, bleu, exact_number, rouge, similarity, token_f1
+from longpatch.evaluation.metrics import best, bleu, contains, exact_number, rouge, similarity, token_f1
 from longpatch.evaluation.needle import Needle, needle_samples
 from longpatch.evaluation.passkey import WORDINGS, PassKey, passkey_samples
 from longpatch.evaluation.prompts import Answerer, bury, chat_template, cut_at, cut_middle
@@ -93,6 +93,7 @@ def test_metrics_are_those_of_their_libraries():
     assert rouge(answers[0], references[0])["rougeL"] == expected == pytest.approx(5 / 6)
     assert token_f1("The big cat!", "a cat") == pytest.approx(2 / 3)
     assert best(token_f1, "yes", ["no", "Yes."]) == 1.0
+    assert contains("Sit in the\nPark today.", " the park") == 1.0  # lines break where the book's do
     assert (exact_number("is 123. Then 45", "123"), exact_number("1234", "123")) == (1.0, 0.0)
     assert similarity("12395", "12345") == pytest.approx(0.8)
     assert extract("a b</Answer> c") == "a b"

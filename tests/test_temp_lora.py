@@ -6,6 +6,8 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
 from longpatch import LongpatchError, convert_model, temp_lora
+from longpatch.temp_lora import LearnOptions
+from longpatch.temp_lora.untouched import own_randomness
 from tests.tiny import random_ids, tiny_llama
 
 SETTINGS = {"rank": 4, "alpha": 8, "dropout": 0.0, "learning_rate": 1e-2}
@@ -209,6 +211,72 @@ def test_a_peft_config_is_taken_over():
         options = learner.options
         assert (options.rank, options.alpha, options.dropout) == (3, 5, 0.2)
         assert [name.rsplit(".", 1)[-1] for name in learner.targets] == ["up_proj"] * 2
+
+
+def test_alpha_is_the_rank_unless_it_is_given():
+    for options, scale in (
+        (LearnOptions(rank=16), 1.0),
+        (LearnOptions().replace(rank=16), 1.0),
+        (LearnOptions(rank=16, alpha=8), 0.5),
+        (LearnOptions(peft_config=LoraConfig(r=4, lora_alpha=8, use_rslora=True)), 4.0),
+    ):
+        assert options.scale == scale
+        assert options.to_dict()["alpha"] == scale * options.rank
+        with temp_lora(tiny_llama(), options) as learner:
+            assert learner.start(1).scale == scale
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"exclude_modules": ["q_proj"]},
+        {"target_parameters": ["weight"]},
+        {"lora_bias": True},
+        {"init_lora_weights": False},
+        {"bias": "all"},
+        {"layers_to_transform": [0]},
+    ],
+    ids=str,
+)
+def test_what_a_peft_config_asks_for_and_is_not_done_is_refused(settings):
+    with pytest.raises(LongpatchError, match=f"peft_config.{next(iter(settings))}"):
+        LearnOptions(peft_config=LoraConfig(target_modules=["v_proj"], **settings))
+
+
+def test_a_rows_rate_warms_up_with_its_own_steps():
+    ids, allowed = random_ids(2, 40), torch.tensor([[True] * 20, [False] * 20])
+    with temp_lora(tiny_llama(), **SETTINGS) as learner:
+        learner.learn(ids[:, :20], ids[:, 20:], loss_mask=allowed)
+        learner.learn(ids[:, :20], ids[:, 20:])
+        late = learner.start(2).weights[0][1].clone()
+    with temp_lora(tiny_llama(), **SETTINGS) as learner:
+        learner.learn(ids[1:, :20], ids[1:, 20:])
+        torch.testing.assert_close(late, learner.start(1).weights[0][0], atol=1e-4, rtol=1e-3)
+
+
+def test_random_generators_of_other_devices_are_left_alone(monkeypatch):
+    for name in ("cuda", "mps", "xpu"):
+        module = getattr(torch, name)
+        for seed in ("manual_seed", "manual_seed_all"):
+            if hasattr(module, seed):
+                monkeypatch.setattr(module, seed, lambda value: pytest.fail("seeded"))
+    with own_randomness(7, [torch.device("cpu")]):
+        drawn = torch.rand(3)
+    assert torch.equal(drawn, torch.rand(3, generator=torch.Generator().manual_seed(7)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_random_generators_of_a_gpu():
+    device = torch.device("cuda", 0)
+    before = torch.cuda.get_rng_state(device)
+    for devices in ([], [device]):
+        drawn = []
+        for _ in range(2):
+            with own_randomness(7, devices):
+                drawn.append(torch.rand(3, device=device) if devices else None)
+        assert torch.equal(torch.cuda.get_rng_state(device), before)
+        assert not devices or torch.equal(drawn[0], drawn[1])
 
 
 BAD = [

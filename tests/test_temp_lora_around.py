@@ -11,10 +11,11 @@ from benchmarks.straight import generator_run, straight_loop
 from longpatch import LongpatchError, TempLoraGenerator, convert_model, temp_lora
 from longpatch.cli import main
 from longpatch.results import read_records
-from longpatch.temp_lora import Learner
+from longpatch.temp_lora import Learner, run
 from tests.families import tiny_model
 from tests.test_temp_lora import SETTINGS, Stop, assert_same, snapshot
-from tests.test_temp_lora_generator import GREEDY, LEARN, KillAt, Killed, StopAt, model_with_end, padded
+from tests.test_temp_lora_generator import GREEDY, LEARN, StopAt, Streamer, model_with_end, padded
+from tests.test_temp_lora_resume import KillAt, Killed
 from tests.tiny import random_ids, tiny_llama
 
 FAMILIES = ["cohere", "falcon", "gemma3_text", "gpt_neox", "gptj", "mixtral", "mpt", "phi3"]
@@ -92,25 +93,37 @@ def test_a_run_with_an_optimiser_in_8_bits_resumes(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, torch.OutOfMemoryError, Stop])
-@pytest.mark.parametrize("where", ["learn", "score"])
-def test_a_run_that_breaks_leaves_nothing_behind(error, where, monkeypatch):
+@pytest.mark.parametrize(
+    ("holder", "where", "call"),
+    [
+        (Learner, "learn", 2),
+        (Learner, "score", 3),  # without dropout before learning, then after it
+        (run.Run, "_rebuild", 2),
+        (run, "save_run", 3),  # the first at the start
+        (Streamer, "put", 10),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_run_that_breaks_leaves_nothing_behind(error, holder, where, call, monkeypatch, tmp_path):
     model = model_with_end(converted=True).train()
     before = snapshot(model)
     calls = []
 
-    def breaking(self, *args, **kwargs):
+    def breaking(*args, **kwargs):
         calls.append(where)
-        if len(calls) == 2:
+        if len(calls) == call:
             raise error("now")
-        return original(self, *args, **kwargs)
+        return original(*args, **kwargs)
 
-    original = getattr(Learner, where)
-    monkeypatch.setattr(Learner, where, breaking)
-    generator = TempLoraGenerator(model, chunk_tokens=7, context_tokens=20, **LEARN | {"dropout": 0.1})
+    original = getattr(holder, where)
+    monkeypatch.setattr(holder, where, breaking)
+    settings = {"checkpoint_dir": tmp_path} | LEARN | {"dropout": 0.1}
+    generator = TempLoraGenerator(model, chunk_tokens=7, context_tokens=20, **settings)
     with pytest.raises(error):
-        generator.generate(random_ids(1, 9), **GREEDY)
+        generator.generate(random_ids(1, 9), streamer=Streamer(), **GREEDY)
     assert_same(before, snapshot(model))
-    assert len(generator.history) == 1  # what was learned before is still there to be looked at
+    learned = 2 if where == "save_run" else 1
+    assert len(generator.history) == learned  # what was learned before is still there to be looked at
 
 
 def test_the_bar_tells_of_losses(capsys):
@@ -201,6 +214,20 @@ def test_records_hold_every_setting(tmp_path):
     assert settings["fresh_base"] is True
     assert settings["learn"]["context_grad"] is False
     assert (settings["learn"]["rank"], settings["learn"]["alpha"]) == (8, 8)
+
+
+def test_a_fresh_base_is_there_for_each_context(tmp_path, capsys):
+    book, out, plot = tmp_path / "book.txt", tmp_path / "out.jsonl", tmp_path / "plot.png"
+    book.write_text("To be or not to be, that is the question. " * 20, encoding="utf-8")
+    options = ("--tokens", 130, "--fresh-base", "--inference-context-tokens", 32, 64, "--out", out)
+    assert walk([book], *options, "--bucket-start", 5000, "--plot", plot) == 0
+    shown = capsys.readouterr().out
+    assert "no text is longer than --bucket-start 5,000" in shown
+    assert not plot.exists()
+    assert shown.count("below base") == 2
+    values = {r["settings"]["arm"]: r["value"] for r in read_records(out) if r["metric"] == "perplexity"}
+    assert set(values) == {"base 32", "base 64", "32", "64"}
+    assert values["base 32"] > values["base 64"]
 
 
 def test_an_encoder_or_something_else_is_refused():

@@ -36,6 +36,8 @@ def padded(rows=3, count=12):
 )
 def test_a_rate_of_zero_is_plain_generate(converted, rows, extra):
     ids, mask = padded(rows)
+    if "learn_prompt" in extra:
+        ids, mask = random_ids(rows, 12), torch.ones_like(ids)
     model = model_with_end(converted=converted)
     expected = model.generate(ids, attention_mask=mask, **GREEDY)
     generator = TempLoraGenerator(model, chunk_tokens=7, context_tokens=64, **LEARN | {"learning_rate": 0.0} | extra)
@@ -129,6 +131,104 @@ def test_rows_are_what_they_would_be_alone(converted):
         assert not own[len(alone) :].any()
         ended += len(alone) < len(own)
     assert converted or ended
+
+
+def test_prompts_are_learned_as_they_would_be_alone():
+    ids, model = random_ids(2, 17), model_with_end()
+    settings = LEARN | {"learn_prompt": True, "learning_rate": 1e-3}
+    generator = TempLoraGenerator(model, chunk_tokens=7, context_tokens=20, **settings)
+    together = generator.generate(ids, **GREEDY)
+    assert generator.history[0]["start"] == 0
+    for row in range(2):
+        assert torch.equal(generator.generate(ids[row : row + 1], **GREEDY)[0], together[row])
+
+
+@pytest.mark.parametrize(
+    ("padding", "settings", "reason"),
+    [
+        (slice(0, 3), {"learn_prompt": True}, "learn_prompt with padding"),
+        (slice(6, 9), {}, "attention_mask"),
+        (slice(4, 6), {}, "attention_mask"),
+    ],
+    ids=["left", "right", "gap"],
+)
+def test_padding_that_would_be_misread_is_refused(padding, settings, reason):
+    model, ids = model_with_end(), random_ids(2, 9)
+    mask, before = torch.ones_like(ids), snapshot(model)
+    mask[1, padding] = 0
+    with pytest.raises(LongpatchError, match=reason):
+        TempLoraGenerator(model, chunk_tokens=7, context_tokens=20, **LEARN | settings).generate(
+            ids, attention_mask=mask, **GREEDY
+        )
+    assert_same(before, snapshot(model))
+    if "learn_prompt" not in settings:
+        with pytest.raises(LongpatchError, match="learn: attention_mask"), temp_lora(model, rank=4) as learner:
+            learner.learn(ids[:, :4], ids[:, 4:], attention_mask=mask)
+
+
+@pytest.mark.parametrize("settings", [{}, {"context_grad": False}, {"measure": False}], ids=str)
+@pytest.mark.parametrize("converted", [False, True])
+def test_it_learns_in_inference_mode_too(settings, converted):
+    ids, mask = padded()
+    settings = {"chunk_tokens": 7, "context_tokens": 20} | LEARN | settings
+    outside = TempLoraGenerator(model_with_end(converted=converted), **settings)
+    expected = outside.generate(ids, attention_mask=mask, **GREEDY)
+    inside = TempLoraGenerator(model_with_end(converted=converted), **settings)
+    with torch.inference_mode():
+        output = inside.generate(ids.clone(), attention_mask=mask.clone(), **GREEDY)
+    assert torch.equal(output, expected)
+    assert [e["loss"] for e in inside.history] == [e["loss"] for e in outside.history]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings"),
+    [(9, {"trainable": "queries"}), (54, {"learn_prompt": True, "chunk_tokens": 60}), (54, {})],
+    ids=str,
+)
+def test_a_cache_that_grows_is_built_anew(prompt, settings):
+    """Of a model that is not converted: it holds the inference context and what was written since."""
+    settings = {"chunk_tokens": 8, "context_tokens": 20} | LEARN | settings
+    generator = TempLoraGenerator(model_with_end(), **settings)
+    output = generator.generate(random_ids(1, prompt), return_dict_in_generate=True, **GREEDY | {"max_new_tokens": 5})
+    assert output.past_key_values.get_seq_length() < 20 + 5
+    if prompt < 20:
+        output = generator.generate(random_ids(1, prompt), return_dict_in_generate=True, **GREEDY)
+        assert output.past_key_values.get_seq_length() < 20 + 8
+
+
+def test_perplexities_are_measured_without_dropout():
+    settings = LEARN | {"dropout": 0.5, "learning_rate": 0.0}
+    generator = TempLoraGenerator(model_with_end(), chunk_tokens=8, context_tokens=20, **settings)
+    generator.generate(random_ids(1, 9), **GREEDY)
+    with temp_lora(model_with_end(), rank=4) as learner:  # an adapter that changes something, for dropout to show
+        learner.start(1).weights[0].normal_(std=0.1)
+        ids = random_ids(1, 30)
+        assert not torch.equal(learner.learn(ids[:, :9], ids[:, 9:]).nll, learner.score(ids[:, :9], ids[:, 9:]))
+    original = Learner.start
+
+    def start(self, rows):
+        fresh = self.adapter is None
+        adapter = original(self, rows)
+        if fresh:
+            adapter.weights[0].normal_(std=0.1)
+        return adapter
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "start", start)
+        generator.generate(random_ids(1, 9), **GREEDY)
+    for entry in generator.history:
+        assert entry["perplexity_before"] == pytest.approx(entry["perplexity_after"], rel=1e-4)
+
+
+def test_a_generation_config_is_taken_without_being_told_off(monkeypatch):
+    model, ids = model_with_end(), random_ids(1, 9)
+    warned = []
+    monkeypatch.setattr("transformers.generation.utils.logger.warning_once", lambda text, *_: warned.append(text))
+    config = GenerationConfig(max_new_tokens=20, do_sample=False)
+    generator = TempLoraGenerator(model, chunk_tokens=7, context_tokens=20, **LEARN)
+    assert generator.generate(ids, config).shape == (1, 29)
+    assert config.use_cache is None
+    assert not warned
 
 
 def test_what_comes_after_a_rows_end_is_not_learned(monkeypatch):
@@ -239,59 +339,3 @@ def test_what_cannot_be_learned_from_is_refused(kwargs, reason):
 def test_bad_settings_are_refused(settings, reason):
     with pytest.raises(LongpatchError, match=reason):
         TempLoraGenerator(tiny_llama(), **settings)
-
-
-class Killed(BaseException):
-    pass
-
-
-class KillAt(StopAt):
-    def __call__(self, input_ids, scores, **kwargs):
-        if input_ids.shape[1] >= self.length:
-            raise Killed
-        return super().__call__(input_ids, scores) & False
-
-
-@pytest.mark.parametrize("converted", [False, True])
-@pytest.mark.parametrize("at", [5, 23])
-@pytest.mark.parametrize("extra", [{}, {"cache_reuse_chunks": 3}, {"learn_prompt": True, "chunk_tokens": 5}], ids=str)
-def test_a_run_that_was_cut_off_ends_with_the_same_tokens(converted, at, extra, tmp_path):
-    ids, mask = padded()
-    eos = int(model_with_end().generate(ids[:1], max_new_tokens=30, do_sample=False)[0, 30])
-    settings = {"chunk_tokens": 7, "context_tokens": 20} | LEARN | {"dropout": 0.1} | extra
-    sampling = {"attention_mask": mask, "do_sample": True, "top_k": 5, "max_new_tokens": 40, "eos_token_id": eos}
-    torch.manual_seed(5)
-    expected = TempLoraGenerator(model_with_end(converted=converted), **settings).generate(ids, **sampling)
-    torch.manual_seed(5)
-    cut = TempLoraGenerator(model_with_end(converted=converted), checkpoint_dir=tmp_path, **settings)
-    with pytest.raises(Killed):
-        cut.generate(ids, stopping_criteria=[KillAt(at + 12)], **sampling)
-    torch.manual_seed(99)
-    with pytest.raises(LongpatchError, match="stopping_criteria is missing"):
-        TempLoraGenerator.resume(tmp_path, model_with_end(converted=converted))
-    again = TempLoraGenerator.resume(tmp_path, model_with_end(converted=converted), stopping_criteria=[StopAt(10**9)])
-    assert torch.equal(again, expected)
-
-
-def test_a_checkpoint_of_another_model_or_a_damaged_one_is_refused(tmp_path):
-    model, ids = model_with_end(), random_ids(1, 9)
-    TempLoraGenerator(model, chunk_tokens=7, context_tokens=20, checkpoint_dir=tmp_path, **LEARN).generate(
-        ids, **GREEDY
-    )
-    with pytest.raises(LongpatchError, match="another model"):
-        TempLoraGenerator.resume(tmp_path, tiny_llama(seed=1, max_position_embeddings=512))
-    with pytest.raises(LongpatchError, match="converted differently"):
-        TempLoraGenerator.resume(tmp_path, model_with_end(converted=True))
-    with pytest.raises(LongpatchError, match="no checkpoint"):
-        TempLoraGenerator.resume(tmp_path / "nowhere", model)
-    path = tmp_path / "state.safetensors"
-    whole = path.read_bytes()
-    for damaged in (
-        whole[: len(whole) // 2],
-        whole[:-5] + bytes(255 - byte for byte in whole[-5:]),
-        b"",
-        whole[:40] + b"?" + whole[41:],
-    ):
-        path.write_bytes(damaged)
-        with pytest.raises(LongpatchError, match="damaged"):
-            TempLoraGenerator.resume(tmp_path, model)

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from transformers import StoppingCriteria
 
 from longpatch import TempLoraGenerator
 from longpatch.temp_lora import checkpoint
@@ -26,10 +27,10 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def generate(folder=None):
+def generate(folder=None, **more):
     torch.manual_seed(3)
     generator = TempLoraGenerator(model_with_end(converted=True), checkpoint_dir=folder, **SETTINGS)
-    return generator.generate(random_ids(2, 9), **SAMPLING)
+    return generator.generate(random_ids(2, 9), **SAMPLING, **more)
 
 
 def in_a_child(function, prepare=None):
@@ -75,6 +76,29 @@ def test_killed_while_a_checkpoint_is_written(call, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2  # the checkpoint before, and the unfinished one
     assert torch.equal(resume(tmp_path), expected)
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.FILE]
+
+
+class Deadly(StoppingCriteria):
+    """Kills the process in the middle of a chunk."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if input_ids.shape[1] == 9 + 4 * 6 + 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+class Harmless(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_within_a_chunk(tmp_path):
+    expected = generate()
+    child = in_a_child(lambda: generate(tmp_path, stopping_criteria=[Deadly()]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    again = TempLoraGenerator.resume(tmp_path, model_with_end(converted=True), stopping_criteria=[Harmless()])
+    assert torch.equal(again, expected)
 
 
 @pytest.mark.slow

@@ -150,7 +150,6 @@ def add_learning_flags(parser: argparse.ArgumentParser) -> None:
 def learn_options(arguments: argparse.Namespace) -> LearnOptions:
     return LearnOptions(
         rank=arguments.rank,
-        alpha=arguments.rank,
         learning_rate=arguments.learning_rate,
         epochs=arguments.epochs,
         seed=arguments.seed,

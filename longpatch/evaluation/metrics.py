@@ -37,8 +37,9 @@ def similarity(answer: str, target: str) -> float:
 
 
 def contains(answer: str, target: str) -> float:
-    """Whether `target` stands in `answer`, without regard to case."""
-    return float(target.strip().lower() in answer.lower())
+    """Whether `target` stands in `answer`, without regard to case and to where lines break."""
+    answer, target = (" ".join(text.lower().split()) for text in (answer, target))
+    return float(target in answer)
 
 
 def normalised(text: str) -> str:

@@ -18,6 +18,7 @@ from ..temp_lora.reader import Reader
 from ..temp_lora.visible import sinks_of, visible
 
 BASE = "base"
+KIND = "walk"
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Walk:
             one walk; an empty tuple means `context_tokens`.
         cache_reuse_chunks: chunks to keep a scoring cache for; None = never build it anew.
         learn: settings of the adapter.
-        fresh_base: the base, too, builds its cache anew for each chunk, from `context_tokens` tokens: for a model
-            that does not stream. Otherwise it is never built anew.
+        fresh_base: the base, too, builds its cache anew for each chunk, from as many tokens as the arm that it is
+            compared with: for a model that does not stream. Otherwise there is one, whose cache is never built anew.
     """
 
     chunk_tokens: int = 1024
@@ -46,6 +47,14 @@ class Walk:
     def contexts(self) -> tuple[int, ...]:
         return self.inference_context_tokens or (self.context_tokens,)
 
+    def base(self, context: int) -> str:
+        """The arm that the one of an inference context is compared with."""
+        return f"{BASE} {context}" if self.fresh_base and len(self.contexts) > 1 else BASE
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.base(context) for context in self.contexts))
+
     @property
     def learning_scores(self) -> int | None:
         """The context for which learning's own first forward already is the score: nothing has to be computed twice."""
@@ -57,7 +66,7 @@ class Walk:
 class Document:
     """Scores of one document so far, in nats: `nll[arm]` is a list of [tokens] for each chunk; seconds by part.
 
-    Arms are "base" and one for each inference context, by its number of tokens.
+    Arms are `Walk.bases` and one for each inference context, by its number of tokens.
     """
 
     nll: dict[str, list[Tensor]]
@@ -65,7 +74,7 @@ class Document:
 
     @property
     def position(self) -> int:
-        return sum(len(part) for part in self.nll[BASE])
+        return sum(len(part) for part in next(iter(self.nll.values())))
 
 
 def walk_document(
@@ -77,10 +86,11 @@ def walk_document(
     a cache that is never reset, unless `walk.fresh_base`. With `checkpoint`, a folder, the state is saved there every
     `save_seconds` and a walk that was cut off goes on from it.
     """
-    arms = [BASE, *(str(context) for context in walk.contexts)]
+    arms = [*walk.bases, *(str(context) for context in walk.contexts)]
     document = Document({arm: [] for arm in arms}, dict.fromkeys((BASE, "score", "learn"), 0.0))
     readers = {str(context): Reader(model, context, walk.cache_reuse_chunks) for context in walk.contexts}
-    readers[BASE] = Reader(model, walk.context_tokens, 1) if walk.fresh_base else Reader(model, 0, None)
+    for context in walk.contexts:
+        readers[walk.base(context)] = Reader(model, context, 1) if walk.fresh_base else Reader(model, 0, None)
     with temp_lora(model, walk.learn) as learner:
         learner.start(rows=1)
         # what the state must belong to
@@ -114,7 +124,8 @@ def _chunk(
 
     assert learner.adapter is not None
     with learner.adapter.disabled():
-        document.nll[BASE].append(readers[BASE].score(ids, start, stop))
+        for base in walk.bases:
+            document.nll[base].append(readers[base].score(ids, start, stop))
     lap(BASE)
     for context in walk.contexts:
         if context != walk.learning_scores:
@@ -135,11 +146,11 @@ def _save(folder: Path, owner: dict, document: Document, readers: dict[str, Read
         held, data["readers"][arm] = reader.state()
         tensors |= with_prefix(f"reader {arm}", held)
         tensors |= {f"nll {arm}": torch.cat(document.nll[arm])}
-    save_state(folder, tensors, data)
+    save_state(folder, KIND, tensors, data)
 
 
 def _load(folder: Path, owner: dict, document: Document, readers: dict[str, Reader], learner: Learner) -> None:
-    tensors, data = load_state(folder)
+    tensors, data = load_state(folder, KIND, "walk_document")
     different = [
         f"the checkpoint in {folder} is of another {name}" for name in owner if data["owner"][name] != owner[name]
     ]

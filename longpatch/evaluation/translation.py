@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from ..errors import LongpatchError
 from ..temp_lora import LearnOptions, Segment, temp_lora
+from ..temp_lora.segments import guofeng_segments, recent
 from .arms import Arm
 from .metrics import comet, sentence_bleu
 from .prompts import Answerer
@@ -32,45 +33,51 @@ class Translated:
 def segment_samples(documents: Iterable[dict], context: str = "k3") -> list[Sample]:
     """One sample a document: {"segments": [{"source", "target"}]}, or GuoFeng's {"contexts", "inference"}.
 
-    Of GuoFeng's contexts, pairs {"zh", "en"} that come before the first segment, `context` is the one that is shown.
+    All rows of GuoFeng are one document, a book in order. Of the contexts of its first row, pairs that come before the
+    book, `context` is the one that is shown; those of later rows hold references of what is to be translated.
     """
-    samples = []
+    found: list[tuple[Any, list[Segment]]] = []
+    book: list[Segment] = []
     for number, document in enumerate(documents):
         if document.get("segments"):
             segments = [Segment(row["source"], row["target"]) for row in document["segments"]]
+            found.append((document.get("id", number), segments))
         elif document.get("inference"):
-            before = tuple((pair["zh"], pair["en"]) for pair in document.get("contexts", {}).get(context, ()))
-            pairs = [(pair["zh"], pair["en"]) for pair in document["inference"]]
-            segments = [Segment(zh, en, () if number else before) for number, (zh, en) in enumerate(pairs)]
+            if not book:
+                found.append((document.get("id", number), book))
+            book += guofeng_segments(document, context, first=not book)
         else:
             raise LongpatchError("eval translation", [f"row {number} has no segments"], '"segments" or "inference"')
-        size = sum(len(segment.source) for segment in segments)
-        samples.append(Sample({}, {"document": document.get("id", number)}, segments, max(1, size)))
-    return samples
+    sizes = [sum(len(segment.source) for segment in segments) for _, segments in found]
+    return [
+        Sample({}, {"document": name}, segments, max(1, size))
+        for (name, segments), size in zip(found, sizes, strict=True)
+    ]
 
 
 @dataclass
 class Translator:
-    """Each segment of a document by one `generate`, its prompt holding the last `pairs` pairs.
+    """Each segment of a document by one `generate`, its prompt holding the last pairs.
 
     Attributes:
+        pairs: how many of them; None = as many as come before the document, 3 where none do.
         names: what the two languages are called in the prompt.
         own: the pairs' translations are the model's own, not the references (which the paper's code shows and learns).
         learn: each pair is learned by a temporary adapter once it is scored, which lives as long as the document.
     """
 
     answerer: Answerer
-    pairs: int = 3
+    pairs: int | None = None
     names: tuple[str, str] = ("Chinese", "English")
     own: bool = False
     learn: LearnOptions | None = None
 
     def __call__(self, arm: Arm, segments: Sequence[Segment]) -> Iterator[Translated]:
         done = list(segments[0].before)
+        pairs = self.pairs if self.pairs is not None else len(done) or 3
         with nullcontext() if self.learn is None else temp_lora(self.answerer.model, self.learn) as learner:
             for segment in segments:
-                recent = done[max(0, len(done) - self.pairs) :]
-                shown = [self._pair(source) + f" {target}\n\n" for source, target in recent]
+                shown = [self._pair(source) + f" {target}\n\n" for source, target in recent(done, pairs)]
                 prompt = self.answerer.encode("".join([TASK, *shown, self._pair(segment.source)]))
                 ids = self.answerer.wrap(prompt)
                 output = self.answerer.answer(arm, ids).strip()

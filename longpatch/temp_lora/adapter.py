@@ -21,7 +21,7 @@ class Adapter:
     """
 
     def __init__(self, targets: dict[str, nn.Module], options: LearnOptions, rows: int):
-        self.rows, self.scale, self.dropout = rows, options.alpha / options.rank, options.dropout
+        self.rows, self.scale, self.dropout = rows, options.scale, options.dropout
         self.learning, self.enabled = False, True
         self.weights: list[Tensor] = []
         self.gradients: list[Tensor] = []

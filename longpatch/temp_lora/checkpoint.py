@@ -10,22 +10,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ..cache import LambdaCache
 from ..errors import LongpatchError
 from ..padding import Padding
+from .targets import device_of, linear_layers
 
 FILE = "state.safetensors"
 VERSION = 1
 
 
-def save_state(folder: Path, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
-    """Write `tensors` and JSON-able `data`, replacing what was there by one atomic rename."""
+def save_state(folder: Path, kind: str, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
+    """Write `tensors` and JSON-able `data`, replacing what was there by one atomic rename; `kind`: a state of what."""
     folder.mkdir(parents=True, exist_ok=True)
     held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    described = json.dumps({"version": VERSION, "data": data})
+    described = json.dumps({"version": VERSION, "kind": kind, "data": data})
     metadata = {"longpatch": described, "checksum": _checksum(described, held)}
     unfinished = folder / f".{FILE}"  # one name: what a killed run leaves is written over by the next
     with open(unfinished, "wb") as file:
@@ -35,11 +36,11 @@ def save_state(folder: Path, tensors: dict[str, Tensor], data: dict[str, Any]) -
     os.replace(unfinished, folder / FILE)
 
 
-def load_state(folder: Path, call: str = "resume") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_state(folder: Path, kind: str, call: str = "resume") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_state` wrote last.
 
     Raises:
-        LongpatchError: if there is no state, or it is damaged or from another version; with the reason.
+        LongpatchError: if there is no state, or it is damaged, of another kind or version; with the reason.
     """
     path = Path(folder) / FILE
     if not path.is_file():
@@ -58,6 +59,9 @@ def load_state(folder: Path, call: str = "resume") -> tuple[dict[str, Tensor], d
         raise LongpatchError(call, [f"{path} is damaged: {error}"]) from error
     if stored["version"] != VERSION:
         raise LongpatchError(call, [f"{path} has format {stored['version']}"], f"format {VERSION}")
+    found = stored.get("kind", kind)  # the first states did not say
+    if found != kind:
+        raise LongpatchError(call, [f"{path} is the state of a {found}"], f"the state of a {kind}")
     return tensors, stored["data"]
 
 
@@ -107,6 +111,15 @@ def restore_cache(cache: Any, tensors: dict[str, Tensor], data: dict[str, Any], 
         cache.length.fill_(data["length"])
         cache.written.fill_(data["written"])
         cache.padding = Padding(tensors.get("first_valid"), data["right"])
+
+
+def layer_devices(model: Any, layers: int) -> list[torch.device]:
+    """Where each of a model's `layers` computes; all where the model says, if they cannot be told apart."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
+            first = [next((linear for _, linear in linear_layers(layer)), None) for layer in module]
+            return [model.device if linear is None else device_of(linear) for linear in first]
+    return [model.device] * layers
 
 
 def empty_cache(model: Any) -> LambdaCache | DynamicCache:

@@ -1,6 +1,7 @@
 """`TempLoraGenerator`: a model's `generate`, learning from each chunk it writes."""
 
 from collections.abc import Iterable, Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ from transformers import GenerationConfig
 
 from ..errors import LongpatchError
 from .checkpoint import fingerprint, load_state
-from .learner import check_model, make_options, temp_lora
-from .options import GeneratorOptions, LearnOptions
+from .learner import temp_lora
+from .options import GeneratorOptions, LearnOptions, make_options
 from .run import Run
+from .saved import KIND
 from .segments import Answer, Segment, generate_segments
-from .targets import find_targets
+from .targets import check_model, find_targets
 
 REFUSED = {
     "assistant_model": "assisted decoding",
@@ -26,6 +28,7 @@ REFUSED = {
 SUPPORTED = "greedy decoding and sampling from input_ids"
 # arguments that a checkpoint cannot hold, so that `resume` has to be given them again
 OBJECTS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "tokenizer")
+FREE = ("streamer", "synced_gpus", "return_dict_in_generate")  # `resume` may be given these anew
 
 
 class TempLoraGenerator:
@@ -40,8 +43,8 @@ class TempLoraGenerator:
 
     `generate` takes what `model.generate` takes and returns what it returns; greedy decoding and sampling, any number
     of rows. `history` has one dict a chunk: `start` and `stop` in tokens, `loss` of the last epoch in nats,
-    `perplexity_before` and `perplexity_after` learning (the latter nan if it was not measured), and seconds to
-    `generate`, `learn` and `rebuild`.
+    `perplexity_before` and `perplexity_after` learning, and seconds to `generate`, `learn` and `rebuild`. With
+    `measure=False` the perplexity after is nan, and that before is of learning's own forward, under dropout.
 
     Args:
         model: any causal language model of transformers: converted by longpatch or not, plain, PEFT or quantised.
@@ -66,16 +69,28 @@ class TempLoraGenerator:
     def _causal(self) -> Any:
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """What `model.generate(inputs, **kwargs)` returns; one with fields also has `history`.
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """What `model.generate(inputs, generation_config, **kwargs)` returns; one with fields also has `history`.
 
         Raises:
             LongpatchError: for kinds of generation that have no one line of text to learn from, such as beams.
         """
-        return self._generate(inputs, kwargs, None)
+        return self._generate(inputs, kwargs | {"generation_config": generation_config}, None)
 
     def generate_segments(self, segments: Iterable[Segment], tokenizer: Any, **settings: Any) -> Iterator[Answer]:
-        """Answer segments one after the other, learning each; see `longpatch.temp_lora.segments.generate_segments`."""
+        """Answer segments one after the other, learning each; see `longpatch.temp_lora.segments.generate_segments`.
+
+        Raises:
+            LongpatchError: for a generator with settings that segments have no use for: chunks, contexts, checkpoints.
+        """
+        default = GeneratorOptions(measure=self.options.measure, progress=self.options.progress)
+        unused = [name for name, value in vars(default).items() if getattr(self.options, name) != value]
+        unused += ["checkpoint_dir"] if self.checkpoint_dir is not None else []
+        if unused:
+            reasons = [f"{name} was set, which segments have no use for" for name in unused]
+            raise LongpatchError("TempLoraGenerator.generate_segments", reasons, ", ".join(vars(self.learn_options)))
         return generate_segments(self.model, tokenizer, segments, learn=self.learn_options, **settings)
 
     @classmethod
@@ -87,24 +102,27 @@ class TempLoraGenerator:
 
         Args:
             kwargs: what a checkpoint cannot hold and the interrupted call was given: logits_processor,
-                stopping_criteria, prefix_allowed_tokens_fn, tokenizer; and a streamer, if one is wanted.
+                stopping_criteria, prefix_allowed_tokens_fn, tokenizer; a streamer, if one is wanted; and
+                return_dict_in_generate, for a result that has the whole run's `history`.
 
         Raises:
             LongpatchError: for a checkpoint that is damaged, of another model, or for arguments that are missing.
         """
-        tensors, data = load_state(Path(checkpoint_dir))
+        tensors, data = load_state(Path(checkpoint_dir), KIND, "TempLoraGenerator.resume")
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         reasons = []
         if data["model"] != fingerprint(causal):
             reasons.append(f"the checkpoint in {checkpoint_dir} is of another model, or one converted differently")
         missing = [name for name in data["objects"] if kwargs.get(name) is None]
         reasons += [f"{name} is missing, which the interrupted call was given" for name in missing]
-        unknown = [name for name in kwargs if name not in (*OBJECTS, "streamer", "synced_gpus")]
+        unknown = [name for name in kwargs if name not in (*OBJECTS, *FREE)]
         reasons += [f"{name} cannot be changed" for name in unknown]
         if reasons:
             raise LongpatchError("TempLoraGenerator.resume", reasons)
         generator = cls(model, checkpoint_dir=checkpoint_dir, **data["options"], **_tuples(data["learn_options"]))
-        kwargs["generation_config"] = GenerationConfig.from_dict(data["generation_config"])
+        fields = kwargs.pop("return_dict_in_generate", None)
+        settings = data["generation_config"] | ({} if fields is None else {"return_dict_in_generate": fields})
+        kwargs["generation_config"] = GenerationConfig.from_dict(settings)
         kwargs["attention_mask"] = tensors["mask"].to(causal.device)
         return generator._generate(tensors["text"].to(causal.device), kwargs, (tensors, data))
 
@@ -116,8 +134,12 @@ class TempLoraGenerator:
             reasons.append("input_ids must be token ids [rows, n], n > 0")
         if reasons:
             raise LongpatchError("TempLoraGenerator.generate", reasons, SUPPORTED)
-        if kwargs.get("use_cache") is None:
-            kwargs["use_cache"] = True  # some configs say no by default
+        config = kwargs.get("generation_config")
+        if config is None:
+            kwargs["use_cache"] = kwargs.get("use_cache") is not False  # some models say no by default
+        elif config.use_cache is None:
+            kwargs["generation_config"] = copy(config)
+            kwargs["generation_config"].use_cache = True
         objects = [name for name in OBJECTS if kwargs.get(name) is not None]
         with temp_lora(self.model, self.learn_options) as learner:
             run = Run(learner, self.options, self.checkpoint_dir, objects)

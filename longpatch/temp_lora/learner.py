@@ -3,20 +3,20 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from ..errors import LongpatchError
 from .adapter import Adapter
-from .options import LearnOptions
-from .targets import find_targets
+from .loss import detached, scored_tokens, whole
+from .options import LearnOptions, make_options
+from .targets import check_model, find_targets
 from .untouched import evaluating, frozen, own_randomness
+from .visible import row_starts
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,21 @@ class Learner:
         self.causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.targets = find_targets(self.causal, options)
         self.adapter: Adapter | None = None
-        self.steps = 0
+        self.steps = 0  # calls of the optimisers, for seeds; a row's own count is what its rate warms up with
+        self._row_steps: list[int] = []
         self._optimizers: list[torch.optim.Optimizer] = []
         self._row_weights: list[list[Tensor]] = []
 
     def start(self, rows: int) -> Adapter:
         """Make adapters for `rows` rows, which change nothing yet."""
         if self.adapter is None:
-            self.adapter = Adapter(self.targets, self.options, rows)
+            with torch.inference_mode(False):  # else nothing of it could ever learn
+                self.adapter = Adapter(self.targets, self.options, rows)
+                for row in range(rows):
+                    self._row_weights.append([weights[row].detach() for weights in self.adapter.weights])
+                    self._optimizers.append(self._optimizer(self._row_weights[row]))
+            self._row_steps = [0] * rows
             self.adapter.attach()
-            for row in range(rows):
-                self._row_weights.append([weights[row].detach() for weights in self.adapter.weights])
-                self._optimizers.append(self._optimizer(self._row_weights[row]))
         if self.adapter.rows != rows:
             raise LongpatchError("learn", [f"{rows} rows, but adapters for {self.adapter.rows} exist"])
         return self.adapter
@@ -64,10 +67,21 @@ class Learner:
         if self.adapter is not None:
             self.adapter.detach()
 
+    @contextmanager
+    def attached(self) -> Iterator["Learner"]:
+        """Adapters are on the model, whose own parameters are frozen, until this is left."""
+        with frozen(self.model):
+            try:
+                if self.adapter is not None:
+                    self.adapter.attach()
+                yield self
+            finally:
+                self.stop()
+
     def reset(self) -> None:
         """Forget what was learned."""
         self.stop()
-        self.adapter, self.steps = None, 0
+        self.adapter, self.steps, self._row_steps = None, 0, []
         self._optimizers.clear()
         self._row_weights.clear()
 
@@ -88,9 +102,46 @@ class Learner:
             attention_mask: [rows, c + n], 0 = left padding.
 
         Raises:
-            LongpatchError: for shapes that do not fit together.
+            LongpatchError: for shapes that do not fit together, or padding that is not on the left.
         """
         began = time.perf_counter()
+        with torch.inference_mode(False):
+            ids, count, mask, scored = self._checked(context_ids, new_ids, attention_mask, loss_mask)
+            adapter = self.start(len(ids))
+            if not scored.any():
+                return Learned(torch.full_like(scored, torch.nan, dtype=torch.float32), [], 0.0)
+            adapter.learning = True
+            first, losses = None, []
+            try:
+                with (
+                    torch.enable_grad(),
+                    evaluating(self.causal, self.options.gradient_checkpointing),
+                    own_randomness(self.options.seed + self.steps, [w.device for w in adapter.weights]),
+                ):
+                    once = not self.options.context_grad or self.options.trainable == "queries"
+                    if once and ids.shape[1] - count >= 2:
+                        forward = detached(self.causal, ids, count, mask)
+                    else:
+                        forward = partial(whole, self.causal, ids, count, mask)
+                    for _ in range(self.options.epochs):
+                        nll = forward()
+                        weighted = torch.where(scored, nll, 0).sum(dim=1) / scored.sum(dim=1).clamp_min(1)
+                        for gradient in adapter.gradients:
+                            gradient.zero_()
+                        weighted.sum().backward()
+                        self._step(scored.any(dim=1).tolist())
+                        nll = nll.detach()
+                        first = nll if first is None else first
+                        losses.append(nll[scored].mean().item())
+            finally:
+                adapter.learning = False
+        assert first is not None
+        return Learned(first.masked_fill(~scored, torch.nan), losses, time.perf_counter() - began)
+
+    def _checked(
+        self, context_ids: Tensor | None, new_ids: Tensor, attention_mask: Tensor | None, loss_mask: Tensor | None
+    ) -> tuple[Tensor, int, Tensor | None, Tensor]:
+        """Of what `learn` was given: ids [rows, c + n], n, the mask of padding, and which of the n teach [rows, n]."""
         new_ids = _two_dimensional("new_ids", new_ids).to(self.causal.device)
         rows, count = new_ids.shape
         if context_ids is None:
@@ -104,37 +155,12 @@ class Learner:
         ):
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise LongpatchError("learn", [f"{name} has shape {list(tensor.shape)}"], f"{list(shape)}")
-        adapter = self.start(rows)
+        if attention_mask is not None:
+            starts = row_starts("learn", attention_mask)
+            attention_mask = attention_mask.to(new_ids.device, copy=True) if starts.any() else None
+        # copies, as tensors made in inference mode cannot be learned from
         ids = torch.cat((context_ids, new_ids), dim=1).clone()
-        mask = None if attention_mask is None or attention_mask.all() else attention_mask.to(ids.device)
-        scored = _scored(ids, count, mask, loss_mask)
-        if not scored.any():
-            return Learned(torch.full((rows, count), torch.nan, device=ids.device), [], 0.0)
-        adapter.learning = True
-        first, losses = None, []
-        checkpointing = self.options.gradient_checkpointing
-        try:
-            with (
-                torch.inference_mode(False),
-                torch.enable_grad(),
-                evaluating(self.causal, checkpointing),
-                own_randomness(self.options.seed + self.steps, [w.device for w in adapter.weights]),
-            ):
-                forward = self._forward(ids, count, mask)
-                for _ in range(self.options.epochs):
-                    nll = forward()
-                    weighted = torch.where(scored, nll, 0).sum(dim=1) / scored.sum(dim=1).clamp_min(1)
-                    for gradient in adapter.gradients:
-                        gradient.zero_()
-                    weighted.sum().backward()
-                    self._step(scored.any(dim=1).tolist())
-                    nll = nll.detach()
-                    first = nll if first is None else first
-                    losses.append(nll[scored].mean().item())
-        finally:
-            adapter.learning = False
-        assert first is not None
-        return Learned(first.masked_fill(~scored, torch.nan), losses, time.perf_counter() - began)
+        return ids, count, attention_mask, scored_tokens(ids, count, attention_mask, loss_mask)
 
     @torch.no_grad()
     def score(self, context_ids: Tensor | None, new_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -142,36 +168,7 @@ class Learner:
         context_ids = new_ids[:, :0] if context_ids is None else context_ids
         ids, count = torch.cat((context_ids, new_ids), dim=1).to(self.causal.device), new_ids.shape[1]
         mask = None if attention_mask is None else attention_mask.to(ids.device)
-        return _whole(self.causal, ids, count, mask).masked_fill(~_scored(ids, count, mask, None), torch.nan)
-
-    def _forward(self, ids: Tensor, count: int, mask: Tensor | None):
-        """A function that gives the NLL [rows, count] of the last tokens, as often as there are epochs."""
-        context = ids.shape[1] - count
-        detached = not self.options.context_grad or self.options.trainable == "queries"
-        if not detached or context < 2:
-            return lambda: _whole(self.causal, ids, count, mask)
-        positions = None if mask is None else (mask.cumsum(dim=1) - 1).clamp_min(0)
-        first, rest = slice(0, context - 1), slice(context - 1, ids.shape[1] - 1)
-        with torch.no_grad():
-            cache = self.causal(
-                input_ids=ids[:, first],
-                attention_mask=None if mask is None else mask[:, first],
-                position_ids=None if positions is None else positions[:, first],
-                use_cache=True,
-                logits_to_keep=1,
-            ).past_key_values
-
-        def continued() -> Tensor:
-            output = self.causal(
-                input_ids=ids[:, rest],
-                attention_mask=None if mask is None else mask[:, :-1],
-                position_ids=None if positions is None else positions[:, rest],
-                past_key_values=deepcopy(cache),
-                use_cache=True,
-            )
-            return _nll(output.logits, ids[:, context:])
-
-        return continued
+        return whole(self.causal, ids, count, mask).masked_fill(~scored_tokens(ids, count, mask, None), torch.nan)
 
     def _optimizer(self, weights: list[Tensor]) -> torch.optim.Optimizer:
         settings: dict[str, Any] = {"lr": self.options.learning_rate, "eps": 1e-7, "weight_decay": 0.0}
@@ -184,10 +181,11 @@ class Learner:
     def _step(self, learning: list[bool]) -> None:
         assert self.adapter is not None
         self.steps += 1
-        rate = self.options.learning_rate * min(1.0, self.steps / max(1, self.options.warmup_steps))
         for row, optimizer in enumerate(self._optimizers):
             if not learning[row]:
                 continue
+            self._row_steps[row] += 1
+            rate = self.options.learning_rate * min(1.0, self._row_steps[row] / max(1, self.options.warmup_steps))
             for weights, gradient in zip(self._row_weights[row], self.adapter.gradients, strict=True):
                 weights.grad = gradient[row]
             for group in optimizer.param_groups:
@@ -206,13 +204,16 @@ class Learner:
             for name, value in held.items():
                 kept: dict[str, Any] = tensors if isinstance(value, Tensor) else numbers
                 kept[f"optimizer.{row}.{index}.{name}"] = value
-        return tensors, {"rows": self.adapter.rows, "steps": self.steps, "numbers": numbers}
+        steps = {"steps": self.steps, "row_steps": self._row_steps}
+        return tensors, {"rows": self.adapter.rows, "numbers": numbers, **steps}
 
+    @torch.inference_mode(False)
     def load_state(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
         self.steps = data["steps"]
         if data["rows"] is None:
             return
         adapter = self.start(data["rows"])
+        self._row_steps = list(data.get("row_steps", [self.steps] * adapter.rows))
         for device, weights in enumerate(adapter.weights):
             weights.copy_(tensors[f"weights.{device}"])
         kept: dict[str, Any] = {**tensors, **data["numbers"]}
@@ -220,7 +221,9 @@ class Learner:
             prefix, weights = f"optimizer.{row}.{index}.", self._row_weights[row][index]
             for key, value in kept.items():
                 if key.startswith(prefix):
-                    held[key.removeprefix(prefix)] = value.to(weights.device) if isinstance(value, Tensor) else value
+                    if isinstance(value, Tensor):
+                        value = value.to(weights.device, copy=True)
+                    held[key.removeprefix(prefix)] = value
 
     def _optimizer_states(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
         """What the optimiser holds for each row's weights on each device: row, index of the device, numbers by name."""
@@ -249,32 +252,8 @@ def temp_lora(model: Any, options: LearnOptions | None = None, **settings: Any) 
     """
     check_model(model)
     learner = Learner(model, make_options(LearnOptions, options, settings))
-    with frozen(model):
-        try:
-            yield learner
-        finally:
-            learner.stop()
-
-
-def make_options(kind: Any, options: Any, settings: dict[str, Any], also: Any = None) -> Any:
-    """`options` with `settings`, or `kind(**settings)`; unknown names are refused, naming those of `also` too."""
-    known = kind.__dataclass_fields__
-    unknown = [f"no option {name!r}" for name in settings if name not in known]
-    if unknown:
-        others = () if also is None else also.__dataclass_fields__
-        raise LongpatchError("temp_lora", unknown, ", ".join((*others, *known)))
-    if options is None:
-        return kind(**settings)
-    return options.replace(**settings)
-
-
-def check_model(model: Any) -> None:
-    """Raises LongpatchError unless `model` is a causal language model of transformers, or peft around one."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not isinstance(causal, PreTrainedModel) or not isinstance(model, nn.Module):
-        raise LongpatchError("temp_lora", [f"model is a {type(model).__name__}, not a model of transformers"])
-    if causal.config.is_encoder_decoder or not causal.can_generate():
-        raise LongpatchError("temp_lora", [f"{type(causal).__name__} is not a causal language model"])
+    with learner.attached():
+        yield learner
 
 
 def _two_dimensional(name: str, ids: Tensor) -> Tensor:
@@ -283,30 +262,3 @@ def _two_dimensional(name: str, ids: Tensor) -> Tensor:
     if ids.ndim != 2 or ids.is_floating_point():
         raise LongpatchError("learn", [f"{name} has shape {list(ids.shape)} of {ids.dtype}"], "token ids [rows, n]")
     return ids
-
-
-def _scored(ids: Tensor, count: int, mask: Tensor | None, loss_mask: Tensor | None) -> Tensor:
-    """Which of the last `count` tokens teach, [rows, count]: those that are there, allowed, and follow a token."""
-    there = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    follows = torch.zeros_like(there)
-    follows[:, 1:] = there[:, :-1]
-    scored = (there & follows)[:, ids.shape[1] - count :]
-    return scored if loss_mask is None else scored & loss_mask.to(scored.device).bool()
-
-
-def _whole(model: Any, ids: Tensor, count: int, mask: Tensor | None) -> Tensor:
-    """NLL [rows, count] of the last `count` of `ids` in one forward; nan for a token that nothing precedes."""
-    positions = None if mask is None else (mask.cumsum(dim=1) - 1).clamp_min(0)
-    keep = min(count + 1, ids.shape[1])
-    logits = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=keep
-    ).logits[:, :-1]
-    nll = _nll(logits, ids[:, ids.shape[1] - keep + 1 :])
-    if keep == count:
-        nll = torch.cat((nll.new_full((len(ids), 1), torch.nan), nll), dim=1)
-    return nll
-
-
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Of `targets` [rows, n] under `logits` [rows, n, V], in nats and float32."""
-    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)

@@ -1,19 +1,25 @@
 """Settings of Temp-LoRA, validated and frozen."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from typing import Any
 
 from ..errors import LongpatchError
 
 TRAINABLE = ("all", "queries")
-UNSUPPORTED_PEFT = (
-    "use_dora",
-    "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-    "trainable_token_indices",
+# fields of a peft LoraConfig: taken over, and without a meaning for an adapter that lives in memory; others are refused
+TAKEN_OVER = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
+MEANINGLESS = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "fan_in_fan_out",
+    "inference_mode",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "runtime_config",
+    "task_type",
 )
 
 
@@ -22,25 +28,26 @@ class LearnOptions:
     """How a temporary adapter learns; defaults are those of Temp-LoRA (arXiv 2401.11504, section 4).
 
     Attributes:
-        rank, alpha: of the low-rank update `alpha / rank * up @ down` of each target.
+        rank, alpha: of the low-rank update `alpha / rank * up @ down` of each target; alpha None = the rank.
         dropout: share of an adapter's inputs set to 0 while learning.
         target_modules: names, or ends of names, of linear layers; None = all of them but the output layer.
         learning_rate: of AdamW (eps 1e-7, no decay), reached after `warmup_steps` optimiser steps, constant from there.
         epochs: optimiser steps on each chunk.
         gradient_checkpointing: compute activations twice and hold fewer of them.
         optimizer_8bit: AdamW of bitsandbytes with 8-bit state.
-        trainable: "all" targets, or "queries": query projections only, so that keys and values in a cache stay valid
-            (qTTT, arXiv 2512.13898).
+        trainable: "all" targets, or "queries": query projections only (qTTT, arXiv 2512.13898). Cached keys and values
+            then stay exact in the first layer, and nearly so above it, where other queries mean other inputs.
         context_grad: let gradients flow into the context's keys and values; False detaches them, which is faster.
         seed: of the adapters' first weights and of dropout; every row of a batch starts alike.
-        peft_config: a peft `LoraConfig` whose rank, alpha, dropout and targets replace those given here.
+        peft_config: a peft `LoraConfig` whose rank, alpha, dropout and targets replace those given here; other settings
+            of it that differ from peft's defaults are refused.
 
     Raises:
         LongpatchError: listing every setting that is out of range.
     """
 
     rank: int = 64
-    alpha: float = 64
+    alpha: float | None = None
     dropout: float = 0.05
     target_modules: tuple[str, ...] | None = None
     learning_rate: float = 5e-5
@@ -64,6 +71,8 @@ class LearnOptions:
         reasons += integers(self, rank=1, epochs=1, warmup_steps=0)
         for name, low, high in (("dropout", 0, 1), ("alpha", 0, float("inf")), ("learning_rate", 0, float("inf"))):
             value = getattr(self, name)
+            if name == "alpha" and value is None:
+                continue
             if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value < high:
                 reasons.append(f"{name}={value!r} must be a number in [{low}, {high})")
         if self.trainable not in TRAINABLE:
@@ -86,12 +95,22 @@ class LearnOptions:
         object.__setattr__(self, "dropout", peft_config.lora_dropout)
         object.__setattr__(self, "target_modules", None if targets in (None, "all-linear") else targets)
         object.__setattr__(self, "peft_config", None)
-        set_there = [name for name in UNSUPPORTED_PEFT if getattr(peft_config, name, None)]
-        return [f"peft_config.{name} is set, which a temporary adapter does not do" for name in set_there]
+        reasons = []
+        for field in fields(peft_config):
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            value = getattr(peft_config, field.name)
+            if field.name not in (*TAKEN_OVER, *MEANINGLESS) and value != default:
+                reasons.append(f"peft_config.{field.name}={value!r}, which a temporary adapter does not do")
+        return reasons
+
+    @property
+    def scale(self) -> float:
+        """What `up @ down` is multiplied by."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for a checkpoint."""
-        return asdict(self)
+        """As plain data, for checkpoints and records."""
+        return asdict(self) | {"alpha": self.rank if self.alpha is None else self.alpha}
 
     def replace(self, **changes) -> "LearnOptions":
         return replace(self, **changes)
@@ -107,9 +126,10 @@ class GeneratorOptions:
         inference_context_tokens: latest tokens a cache built anew holds, behind the sinks of a converted model; None =
             `context_tokens`.
         learn_prompt: first walk the prompt chunk by chunk, learning.
-        cache_reuse_chunks: chunks to keep keys and values for before they are computed anew; None = 1, or for
-            `trainable="queries"` for ever, as they stay valid.
-        measure: compute each chunk's perplexity after learning it as well.
+        cache_reuse_chunks: chunks to keep keys and values for before they are computed anew; None = 1, or for ever with
+            `trainable="queries"` on a converted model, whose cache does not grow.
+        measure: compute each chunk's perplexity after learning it as well, and that before without dropout: a forward
+            or two more.
         progress: show a bar on stderr.
 
     Raises:
@@ -136,6 +156,18 @@ class GeneratorOptions:
     @property
     def inference_context(self) -> int:
         return self.context_tokens if self.inference_context_tokens is None else self.inference_context_tokens
+
+
+def make_options(kind: Any, options: Any, settings: dict[str, Any], also: Any = None) -> Any:
+    """`options` with `settings`, or `kind(**settings)`; unknown names are refused, naming those of `also` too."""
+    known = kind.__dataclass_fields__
+    unknown = [f"no option {name!r}" for name in settings if name not in known]
+    if unknown:
+        others = () if also is None else also.__dataclass_fields__
+        raise LongpatchError("temp_lora", unknown, ", ".join((*others, *known)))
+    if options is None:
+        return kind(**settings)
+    return options.replace(**settings)
 
 
 def integers(options: Any, **least: int) -> list[str]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers.cache_utils import Cache
 
-from .checkpoint import cache_state, empty_cache, restore_cache
+from .checkpoint import cache_state, empty_cache, layer_devices, restore_cache
 from .visible import sinks_of, visible
 
 
@@ -56,4 +56,4 @@ class Reader:
         self.age, self.cache = data["age"], None
         if data["cache"] is not None:
             self.cache = empty_cache(self.model)
-            restore_cache(self.cache, tensors, data["cache"], [self.model.device] * len(self.cache.layers))
+            restore_cache(self.cache, tensors, data["cache"], layer_devices(self.model, len(self.cache.layers)))

@@ -8,7 +8,6 @@ generation goes on. The hook learns what is due, builds the cache anew in place,
 import functools
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import StoppingCriteriaList
-from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationMode
 
-from ..cache import LambdaCache
 from ..errors import LongpatchError
-from .checkpoint import (
-    cache_state,
-    empty_cache,
-    fingerprint,
-    restore_cache,
-    save_state,
-    with_prefix,
-    without_prefix,
-)
+from .columns import Columns
 from .learner import Learned, Learner
 from .options import GeneratorOptions
-from .visible import sinks_of, visible
+from .saved import refused_settings, restore_run, save_run
+from .visible import row_starts, sinks_of, visible
 
 NEVER = 2**62
 
@@ -43,8 +33,8 @@ class Run:
     Attributes:
         text: [rows, n] so far, prompt included; `first` [rows]: each row's first token; `end` [rows]: where rows ended.
         learned: tokens learned, or never to be learned (a prompt).
-        shift: tokens of the text that the cache has no columns for, None while generate's own arguments hold;
-            `mask` [rows, w] of the columns it was built with, None = nothing masked.
+        prompt_tokens: of the whole run; `given_tokens`: of this call, which goes on from a checkpoint or begins it.
+        columns: the cache, and the tokens that it holds; `age`: chunks since it was built anew.
     """
 
     def __init__(self, learner: Learner, options: GeneratorOptions, folder: Path | None, objects: list[str]):
@@ -54,22 +44,27 @@ class Run:
         self.text: Tensor
         self.first: Tensor
         self.end: Tensor
-        self.mask: Tensor | None = None
-        self.shift: int | None = None
-        self.learned = self.prompt_tokens = self.age = 0
+        self.columns: Columns
+        self.learned = self.prompt_tokens = self.given_tokens = self.age = 0
         self.elapsed = 0.0
-        self._cache: Any = None
+        self.max_time: float | None = None
         self._resumed: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-        self._began = self._clock = time.perf_counter()
+        self.began = self._clock = time.perf_counter()
         self._started = self._busy = False
-        self._config: Any = None
+        self.config: Any = None
         self._bar: Any = None
 
     @property
     def reuse_chunks(self) -> int:
         if self.options.cache_reuse_chunks is not None:
             return self.options.cache_reuse_chunks
-        return NEVER if self.learner.options.trainable == "queries" else 1
+        # a cache that is kept for ever has to be one that does not grow
+        return NEVER if self.learner.options.trainable == "queries" and hasattr(self.causal, "longpatch") else 1
+
+    @property
+    def _room(self) -> int:
+        """Tokens that a cache built anew holds."""
+        return sinks_of(self.causal) + self.options.inference_context
 
     @contextmanager
     def watching(self):
@@ -103,20 +98,22 @@ class Run:
             reasons.append("prefill_chunk_size (no more than the inference context is read at once)")
         if generation_config.guidance_scale not in (None, 1):
             reasons.append("guidance_scale: a second text, without a prompt, that learns nothing")
+        if self.folder is not None:
+            reasons += refused_settings(generation_config)
         if reasons:
             raise LongpatchError("TempLoraGenerator.generate", reasons, "greedy decoding and sampling")
-        self._config = generation_config
-        if self._resumed is not None and generation_config.max_time is not None:
-            generation_config.max_time = max(0.0, generation_config.max_time - self._resumed[1]["elapsed"])
+        self.config, self.max_time = generation_config, generation_config.max_time
+        if self.max_time is not None:
+            generation_config.max_time = max(0.0, self.max_time - self.elapsed)
         return Watched(original(generation_config, *args, **kwargs), self.written)
 
     def written(self, text: Tensor, done: Tensor) -> Tensor:
         """Told the text [rows, n] after each token and which rows are done; returns which rows are."""
         self.text = text
         ended = self.end < text.shape[1]
-        if self._resumed is not None and self._config._eos_token_tensor is not None:
+        if self._resumed is not None and self.config._eos_token_tensor is not None:
             # generate no longer knows of rows that had ended before its first step
-            text[ended, -1] = self._config._pad_token_tensor.to(text.device)
+            text[ended, -1] = self.config._pad_token_tensor.to(text.device)
             self._resumed = None
         done = done | ended
         self.end = torch.where(done & (self.end == NEVER), text.shape[1], self.end)
@@ -129,36 +126,39 @@ class Run:
             return None
         self._busy = True
         try:
-            if not self._started:
+            first = not self._started
+            if first:
                 self._begin(kwargs)
             self._advance()
+            if first and self.columns.shift is None and self.text.shape[1] > self._room:
+                self._rebuild()  # a prompt of which not all is visible
         finally:
             self._busy = False
-        return args, self._arguments(kwargs)
+        return args, self.columns.arguments(kwargs, self.text)
 
     def _begin(self, kwargs: dict[str, Any]) -> None:
         self._started = True
-        self._cache = kwargs.get("past_key_values")
-        if not isinstance(self._cache, LambdaCache) and type(self._cache) is not DynamicCache:
-            raise LongpatchError(
-                "TempLoraGenerator.generate", [f"a cache of type {type(self._cache).__name__}"], "the default cache"
-            )
+        self.columns = Columns(kwargs.get("past_key_values"))
         self.text = kwargs["input_ids"]
         rows, count = self.text.shape
         mask = kwargs.get("attention_mask")
-        self.first = self.text.new_zeros(rows) if mask is None else (mask == 0).sum(dim=1)
+        self.first = self.text.new_zeros(rows) if mask is None else row_starts("TempLoraGenerator.generate", mask)
+        if self.options.learn_prompt and self.first.any():
+            raise LongpatchError(
+                "TempLoraGenerator.generate",
+                ["learn_prompt with padding: chunks would not be cut where they are in a row alone"],
+                "prompts of one length, or a row at a time",
+            )
         self.end = torch.full_like(self.first, NEVER)
-        self.prompt_tokens = count
+        self.prompt_tokens = self.given_tokens = count
         self.learned = 0 if self.options.learn_prompt else count
         if self._resumed is None:
             self.learner.start(rows)
-            self._save()
-            if not self.options.learn_prompt and count > sinks_of(self.causal) + self.options.inference_context:
-                self._rebuild()
+            save_run(self)
         else:
-            self._restore(*self._resumed)
+            restore_run(self, *self._resumed)
         if self.options.progress:
-            total = self._config.max_length - self.prompt_tokens if self._config.max_length else None
+            total = self.config.max_length - self.prompt_tokens if self.config.max_length else None
             done = self.text.shape[1] - self.prompt_tokens
             self._bar = tqdm(total=total, initial=done, unit="tok", unit_scale=True, mininterval=1)
         self._clock = time.perf_counter()
@@ -170,29 +170,31 @@ class Run:
             stop = self.learned + chunk
             now = time.perf_counter()
             entry = {"start": self.learned, "stop": stop, "generate_seconds": now - self._clock}
+            before = self._score(self.learned, stop) if self.options.measure and self.learner.options.dropout else None
             learned = self._learn(self.learned, stop)
+            before = learned.nll if before is None else before  # without dropout learning's first forward is the score
             entry |= {"learn_seconds": learned.seconds, "loss": learned.losses[-1] if learned.losses else float("nan")}
-            entry |= {"perplexity_before": _perplexity(learned.nll), "perplexity_after": float("nan")}
+            entry |= {"perplexity_before": _perplexity(before), "perplexity_after": float("nan")}
             entry["rebuild_seconds"] = 0.0
             self.learned = stop
             self.age += 1
             if self.options.measure:
                 entry["perplexity_after"] = _perplexity(self._score(stop - chunk, stop))
             last = self.learned + chunk > count
-            if last and (self.age >= self.reuse_chunks or not self._cache.get_seq_length()):
+            if last and (self.age >= self.reuse_chunks or not self.columns.cache.get_seq_length()):
                 began = time.perf_counter()
                 self._rebuild()
                 entry["rebuild_seconds"] = time.perf_counter() - began
             self.history.append(entry)
             self._clock = time.perf_counter()
-            self._save()
+            save_run(self)
             self._show(entry)
 
     def _seen(self, stop: int, tokens: int):
         """What is visible of the text before token `stop`, and its mask with every row's padding."""
-        return visible(self.text[:, :stop], self._full_mask(stop), tokens, sinks_of(self.causal))
+        return visible(self.text[:, :stop], self.full_mask(stop), tokens, sinks_of(self.causal))
 
-    def _full_mask(self, stop: int) -> Tensor | None:
+    def full_mask(self, stop: int) -> Tensor | None:
         if not self.first.any():
             return None
         return (torch.arange(stop, device=self.first.device) >= self.first[:, None]).long()
@@ -215,115 +217,21 @@ class Run:
         context, new, mask, there = self._chunk(start, stop)
         return self.learner.score(context, new, mask).masked_fill(~there, torch.nan)
 
-    @torch.no_grad()
     def _rebuild(self) -> None:
-        """Read what is visible of the text but for its last token into an emptied cache."""
         count = self.text.shape[1]
-        seen = self._seen(count, self.options.inference_context)
-        ids, mask = seen.ids[:, :-1], None if seen.mask is None else seen.mask[:, :-1]
-        cache = self._cache
-        if isinstance(cache, LambdaCache):
-            cache.reset()
-        else:
-            cache.layers = empty_cache(self.causal).layers
-        positions = None if mask is None else (mask.cumsum(dim=1) - 1).clamp_min(0)
-        if ids.shape[1]:
-            self.causal(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        self.mask, self.shift, self.age = mask, count - seen.ids.shape[1], 0
-
-    def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of the forward, fitted to the cache: the tokens it lacks, its mask, positions that go on from it.
-
-        `generate` knows of no gap between sinks and latest tokens.
-        """
-        if self.shift is None:
-            return kwargs
-        past = self._cache.get_seq_length()
-        inputs = self.text[:, past + self.shift :].to(kwargs["input_ids"].device)
-        total = past + inputs.shape[1]
-        columns = torch.arange(past, total, device=inputs.device)[None]
-        if self.mask is None:
-            mask, positions = None, columns
-        else:
-            ones = self.mask.new_ones(len(self.mask), total - self.mask.shape[1])
-            mask = torch.cat((self.mask, ones), dim=1)
-            positions = columns - (self.mask == 0).sum(dim=1)[:, None]
-        fitted = {"input_ids": inputs, "attention_mask": mask, "position_ids": positions}
-        return kwargs | {name: value for name, value in fitted.items() if name != "position_ids" or name in kwargs}
+        self.columns.build(self.causal, self._seen(count, self.options.inference_context), count)
+        self.age = 0
 
     def _show(self, entry: dict[str, float]) -> None:
         if self._bar is not None:
             shown = {"loss": entry["loss"], "ppl": entry["perplexity_before"], "after": entry["perplexity_after"]}
             self._bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
 
-    def _save(self) -> None:
-        if self.folder is None:
-            return
-        tensors, learner = self.learner.state()
-        tensors = with_prefix("learner", tensors)
-        held, cache = cache_state(self._cache)
-        tensors |= with_prefix("cache", held)
-        full = self._full_mask(self.text.shape[1])
-        tensors |= {
-            "text": self.text,
-            "mask": torch.ones_like(self.text) if full is None else full,
-            "end": self.end,
-            "rng": torch.get_rng_state(),
-        }
-        if self.mask is not None:
-            tensors["cache mask"] = self.mask
-        if self.text.is_cuda:
-            tensors["cuda rng"] = torch.cuda.get_rng_state(self.text.device)
-        config = {name: value for name, value in self._config.to_dict().items() if not name.startswith("_")}
-        data = {
-            "model": fingerprint(self.causal),
-            "options": asdict(self.options),
-            "learn_options": self.learner.options.to_dict(),
-            "generation_config": config
-            | {"max_new_tokens": None, "min_new_tokens": None, "min_length": self._min_length()},
-            "objects": self.objects,
-            "learner": learner,
-            "cache": cache,
-            "counters": {name: getattr(self, name) for name in ("learned", "prompt_tokens", "age", "shift")},
-            "elapsed": self.elapsed + time.perf_counter() - self._began,
-            "history": self.history,
-        }
-        save_state(self.folder, tensors, data)
-
-    def _min_length(self) -> int:
-        least = self._config.min_length or 0
-        new = self._config.min_new_tokens
-        return least if new is None else max(least, self.prompt_tokens + new)
-
     def resume_from(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
         """Go on from a saved state at the first forward."""
         self._resumed = tensors, data
         self.elapsed = data["elapsed"]
         self.history += data["history"]
-
-    def _restore(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
-        for name, value in data["counters"].items():
-            setattr(self, name, value)
-        self.end = tensors["end"].to(self.text.device)
-        if "cache mask" in tensors:
-            self.mask = tensors["cache mask"].to(self.text.device)
-        self.learner.load_state(without_prefix("learner", tensors), data["learner"])
-        if data["cache"] is not None:
-            held = without_prefix("cache", tensors)
-            devices = [self.causal.device] * len(self._cache.layers)
-            restore_cache(self._cache, held, data["cache"], devices)
-            if self.shift is None and self._cache.get_seq_length():
-                self.shift, self.mask = 0, self._full_mask(self._cache.get_seq_length())
-        torch.set_rng_state(tensors["rng"])
-        if "cuda rng" in tensors:
-            torch.cuda.set_rng_state(tensors["cuda rng"], self.text.device)
 
 
 class Watched(StoppingCriteriaList):

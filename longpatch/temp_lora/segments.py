@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ..errors import LongpatchError
-from .learner import Learner, check_model, make_options, temp_lora
-from .options import LearnOptions
+from .learner import Learner
+from .options import LearnOptions, make_options
+from .targets import check_model
 
 Pair = tuple[str, str]
 Template = Callable[[Sequence[Pair], str], str]
@@ -65,8 +66,10 @@ def chat_template(tokenizer: Any, instruction: str = "Translate into English:\n"
 def read_segments(path: Path, context: str = "k3") -> list[Segment]:
     """Segments of a JSON or JSON-lines file, in order.
 
-    GuoFeng's rows `{"contexts": {"k1": [...], "k3": [...]}, "inference": [{"zh", "en"}, ...]}` (`context` chooses the
-    pairs that come before), or plain rows `{"source": ..., "reference": ...}`; "target" is read as "reference".
+    GuoFeng's rows `{"contexts": {"k1": [...], "k3": [...]}, "inference": [{"zh", "en"}, ...]}`, or plain rows
+    `{"source": ..., "reference": ...}`; "target" is read as "reference". A file of GuoFeng is a book, each row going on
+    from the one before. `context` chooses the pairs that come before the first: about 1,000 or 3,000 tokens of them.
+    The contexts of later rows are left out: they hold the references of what is to be translated.
     """
     text = Path(path).read_text(encoding="utf-8")
     rows = (
@@ -75,9 +78,7 @@ def read_segments(path: Path, context: str = "k3") -> list[Segment]:
     segments: list[Segment] = []
     for number, row in enumerate(rows):
         if "inference" in row:
-            before = tuple((pair["zh"], pair["en"]) for pair in row.get("contexts", {}).get(context, ()))
-            pairs = [(pair["zh"], pair["en"]) for pair in row["inference"]]
-            segments += [Segment(zh, en, () if done else before) for done, (zh, en) in enumerate(pairs)]
+            segments += guofeng_segments(row, context, first=not number)
         elif "source" in row:
             segments.append(Segment(row["source"], row.get("reference", row.get("target"))))
         else:
@@ -86,13 +87,28 @@ def read_segments(path: Path, context: str = "k3") -> list[Segment]:
     return segments
 
 
+def guofeng_segments(row: dict[str, Any], context: str, first: bool) -> list[Segment]:
+    """Segments of one row of GuoFeng; `first`: of its book, which alone has pairs that come before."""
+    contexts = row.get("contexts", {})
+    if contexts and context not in contexts:
+        raise LongpatchError("GuoFeng", [f"a row has no context {context!r}"], ", ".join(contexts))
+    before = tuple((pair["zh"], pair["en"]) for pair in contexts.get(context, ())) if first else ()
+    pairs = [(pair["zh"], pair["en"]) for pair in row["inference"]]
+    return [Segment(zh, en, () if number else before) for number, (zh, en) in enumerate(pairs)]
+
+
+def recent(done: Sequence[Pair], pairs: int) -> Sequence[Pair]:
+    """The last `pairs` of `done`."""
+    return done[max(0, len(done) - pairs) :]
+
+
 def generate_segments(
     model: Any,
     tokenizer: Any,
     segments: Iterable[Segment],
     *,
     template: Template | None = None,
-    pairs: int = 3,
+    pairs: int | None = None,
     train_on: str = "output",
     stop_strings: Sequence[str] = ("\n",),
     max_new_tokens: int = 256,
@@ -101,9 +117,10 @@ def generate_segments(
 ) -> Iterator[Answer]:
     """Answer each segment, then learn the pair, so that later answers keep to its names and tone.
 
-    The prompt's own tokens are not learned. The last `pairs` pairs are shown.
+    The prompt's own tokens are not learned. Between two answers the model is as it was.
 
     Args:
+        pairs: so many of the last pairs are shown; None = as many as the latest `before` had, 3 where there was none.
         template: renders pairs and a source as a prompt; default: the tokenizer's chat template, else named lines.
         train_on: what is learned and shown: the model's own "output", or the "reference", as the paper's GuoFeng code
             does, which hands later segments the reference translation of earlier ones.
@@ -127,18 +144,20 @@ def generate_segments(
     if template is None:
         template = chat_template(tokenizer) if tokenizer.chat_template else pairs_template()
     stops = [stop for stop in stop_strings if stop]
-    with temp_lora(model, options) as learner:
-        done: list[Pair] = []
-        for segment in segments:
-            if segment.before:
-                done = list(segment.before)
-            recent = done[max(0, len(done) - pairs) :]
-            prompt = _encode(tokenizer, template(recent, segment.source), model.device, start=True)
+    learner = Learner(model, options)
+    done: list[Pair] = []
+    shown = 3 if pairs is None else pairs
+    for segment in segments:
+        if segment.before:
+            done = list(segment.before)
+            shown = len(done) if pairs is None else pairs
+        prompt = _encode(tokenizer, template(recent(done, shown), segment.source), model.device, start=True)
+        with learner.attached():
             output = _answer(model, tokenizer, prompt, stops, max_new_tokens, dict(generate))
-            taught = segment.reference if train_on == "reference" else output
-            losses = _teach(learner, tokenizer, prompt, taught or "", stops)
-            done.append((segment.source, taught or ""))
-            yield Answer(output, losses)
+            taught = (segment.reference if train_on == "reference" else output) or ""
+            losses = _teach(learner, tokenizer, prompt, taught, stops)
+        done.append((segment.source, taught))
+        yield Answer(output, losses)
 
 
 class _Said(StoppingCriteria):
@@ -148,8 +167,8 @@ class _Said(StoppingCriteria):
         self.tokenizer, self.prompt_tokens, self.stops = tokenizer, prompt_tokens, stops
 
     def answer(self, ids: Tensor) -> str:
-        """The text after the prompt; leading space is no part of it."""
-        return self.tokenizer.decode(ids[0, self.prompt_tokens :], skip_special_tokens=True).lstrip()
+        """The text after the prompt, special tokens included; leading space is no part of it."""
+        return self.tokenizer.decode(ids[0, self.prompt_tokens :], skip_special_tokens=False).lstrip()
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         text = self.answer(input_ids)
@@ -167,6 +186,8 @@ def _answer(model: Any, tokenizer: Any, prompt: Tensor, stops: list[str], most: 
     )
     for stop in stops:
         text = text.split(stop, 1)[0]
+    for special in tokenizer.all_special_tokens:
+        text = text.replace(special, "")
     return text.strip()
 
 

@@ -1,15 +1,26 @@
 """Which linear layers of a model an adapter sits on."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import LongpatchError
 from .options import LearnOptions
 
 QUERY_NAMES = ("q_proj", "query", "q_lin", "wq", "q")
+
+
+def check_model(model: Any) -> None:
+    """Raises LongpatchError unless `model` is a causal language model of transformers, or peft around one."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(causal, PreTrainedModel) or not isinstance(model, nn.Module):
+        raise LongpatchError("temp_lora", [f"model is a {type(model).__name__}, not a model of transformers"])
+    if causal.config.is_encoder_decoder or not causal.can_generate():
+        raise LongpatchError("temp_lora", [f"{type(causal).__name__} is not a causal language model"])
 
 
 def find_targets(model: Any, options: LearnOptions) -> dict[str, nn.Module]:
@@ -21,7 +32,7 @@ def find_targets(model: Any, options: LearnOptions) -> dict[str, nn.Module]:
         LongpatchError: if nothing matches.
     """
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linears = dict(_linears(model, "", output))
+    linears = dict(linear_layers(model, "", output))
     if not linears:
         raise LongpatchError("temp_lora", [f"{type(model).__name__} has no linear layers"])
     wanted = QUERY_NAMES if options.trainable == "queries" else options.target_modules
@@ -55,7 +66,10 @@ def device_of(module: Any) -> torch.device:
     return getattr(module, "base_layer", module).weight.device
 
 
-def _linears(module: nn.Module, name: str, output: nn.Module | None):
+def linear_layers(
+    module: nn.Module, name: str = "", output: nn.Module | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers inside `module` with their names, but for `output`."""
     wrapped = getattr(module, "base_layer", module)
     if module is output or wrapped is output:
         return
@@ -63,7 +77,7 @@ def _linears(module: nn.Module, name: str, output: nn.Module | None):
         yield name, module
         return
     for child_name, child in module.named_children():
-        yield from _linears(child, f"{name}.{child_name}" if name else child_name, output)
+        yield from linear_layers(child, f"{name}.{child_name}" if name else child_name, output)
 
 
 def _ends(name: str, end: str) -> bool:

@@ -48,8 +48,20 @@ def evaluating(model: nn.Module, checkpointing: bool = False):
 
 @contextmanager
 def own_randomness(seed: int, devices: list[torch.device]):
-    """Random numbers from `seed`; afterwards the caller's generators go on as if nothing had been drawn."""
-    cuda = [device for device in devices if device.type == "cuda"]
-    with torch.random.fork_rng(cuda):
-        torch.manual_seed(seed)
+    """Random numbers on `devices` and the CPU from `seed`; afterwards generators go on as if nothing had been drawn."""
+    generators = [torch.default_generator, *(_generator(device) for device in devices if device.type != "cpu")]
+    before = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
         yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
+    module = torch.get_device_module(device)
+    return module.default_generators[module.current_device() if device.index is None else device.index]

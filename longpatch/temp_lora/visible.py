@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import LongpatchError
+
 
 class Visible(NamedTuple):
     """Part of a text, left-padded to the longest row.
@@ -18,6 +20,20 @@ class Visible(NamedTuple):
     ids: Tensor
     mask: Tensor | None
     left_out: Tensor
+
+
+def row_starts(call: str, mask: Tensor) -> Tensor:
+    """First token [rows] of each row under `mask` [rows, n].
+
+    Raises:
+        LongpatchError: where a masked token follows one that is not, or a row has none.
+    """
+    there = mask != 0
+    if not there[:, -1:].all() or (there[:, :-1] & ~there[:, 1:]).any():
+        raise LongpatchError(
+            call, ["attention_mask masks tokens after the first of a row, or all of them"], "left padding"
+        )
+    return (~there).sum(dim=1)
 
 
 def sinks_of(model: Any) -> int:

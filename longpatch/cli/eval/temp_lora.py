@@ -131,7 +131,7 @@ def run(arguments: Namespace) -> None:
             *by_position([rechunked], size, walk.chunk_tokens, arguments.bucket_start, arguments.bucket_end),
         ]
         print(f"\n{path.name}, {len(ids):,} tokens")
-        print(_table(own), flush=True)
+        print(_table(own, walk), flush=True)
         print("  ".join(f"{part} {seconds:,.0f} s" for part, seconds in document.seconds.items()))
         lines += [line for found in own for line in _records(arguments, walk, path.name, found)]
         lines += [
@@ -148,39 +148,41 @@ def run(arguments: Namespace) -> None:
             )
             for part, seconds in document.seconds.items()
         ]
-    longest = max(sum(map(len, document[BASE])) for document in scores)
+    longest = max(sum(map(len, document[walk.bases[0]])) for document in scores)
     size = arguments.bucket_tokens or -(-longest // 6)
     positions = list(by_position(scores, size, walk.chunk_tokens, arguments.bucket_start, arguments.bucket_end))
     if len(scores) > 1:
         name = f"{len(scores)} texts"
         everything = [*by_length(scores, []), *by_length(scores, arguments.length_buckets), *positions]
         print(f"\n{name}")
-        print(_table(everything))
+        print(_table(everything, walk))
         lines += [line for found in everything for line in _records(arguments, walk, name, found)]
-    for arm in scores[0]:
-        if arm != BASE:
-            gains = [next(by_length([document], [])).gain(arm, BASE) for document in scores]
-            average, least = sum(gains) / len(gains), min(gains)
-            print(f"\nperplexity below the base, context {arm}: {average:.1%} on average, {least:.1%} at least")
+    for context in walk.contexts:
+        gains = [next(by_length([document], [])).gain(str(context), walk.base(context)) for document in scores]
+        average, least = sum(gains) / len(gains), min(gains)
+        print(f"\nperplexity below the base, context {context}: {average:.1%} on average, {least:.1%} at least")
     if arguments.out:
         write_records(arguments.out, lines)
-    if arguments.plot:
+    if arguments.plot and positions:
         _draw(arguments.plot, positions, arguments.model)
+    elif arguments.plot:
+        print(f"\nno plot: no text is longer than --bucket-start {arguments.bucket_start:,}")
 
 
-def _table(buckets: list[Bucket]) -> str:
+def _title(arm: str) -> str:
+    return arm if arm.startswith(BASE) else f"context {arm}"
+
+
+def _table(buckets: list[Bucket], walk: Walk) -> str:
     arms = list(buckets[0].perplexity)
-    titles = [BASE, *(f"context {arm}" for arm in arms[1:])]
-    header = (
-        f"{'tokens':<34}" + "".join(f"{title:>15}" for title in titles) + f"{'below base':>12}" + f"{'chunk means':>14}"
-    )
-    lines = [header]
+    below = "".join(f"{'below base':>12}" for _ in walk.contexts)
+    lines = [f"{'tokens':<34}" + "".join(f"{_title(arm):>15}" for arm in arms) + below + f"{'chunk means':>14}"]
     for found in buckets:
         span = f"{found.by} {found.start:,} to {found.stop:,}"
         values = "".join(f"{found.perplexity[arm]:>15.2f}" for arm in arms)
-        gain = found.gain(arms[-1], BASE)
+        gains = "".join(f"{found.gain(str(context), walk.base(context)):>12.1%}" for context in walk.contexts)
         means = " ".join(f"{found.chunk_mean[arm]:.2f}" for arm in arms)
-        lines.append(f"{span:<34}{values}{gain:>12.1%}    {means}")
+        lines.append(f"{span:<34}{values}{gains}    {means}")
     return "\n".join(lines)
 
 
@@ -222,7 +224,7 @@ def _draw(path: Path, buckets: list[Bucket], title: str) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for arm in buckets[0].perplexity:
-        label = BASE if arm == BASE else f"Temp-LoRA, context {arm}"
+        label = arm if arm.startswith(BASE) else f"Temp-LoRA, {_title(arm)}"
         axes.plot(
             [found.stop for found in buckets], [found.perplexity[arm] for found in buckets], marker="o", label=label
         )

@@ -3,8 +3,8 @@
 With --temp-lora each document is translated twice: by the model as it is ("base"), and by one with a temporary adapter
 that learns each pair once it is scored ("temp-lora").
 
-ROWS are one document a line, or a JSON list of them: {"segments": [{"source": ..., "target": ...}, ...]}, or GuoFeng's
-{"inference": [{"zh": ..., "en": ...}, ...]}.
+ROWS are one document a line, or a JSON list of them: {"segments": [{"source": ..., "target": ...}, ...]}. Or they are
+GuoFeng's {"contexts": ..., "inference": [{"zh": ..., "en": ...}, ...]}: all rows of such a file are one book, in order.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -32,7 +32,7 @@ from .temp_lora import add_learning_flags, learn_options
 
 EXAMPLES = """\
 examples:
-  longpatch eval translation MODEL guofeng.json --pairs 3 --limit 5 --baseline original
+  longpatch eval translation MODEL guofeng.json --context k1 --baseline original
   longpatch eval translation MODEL guofeng.json --temp-lora --learning-rate 2e-4 --out guofeng.jsonl
   longpatch eval translation MODEL rows.jsonl --languages German,English --comet Unbabel/wmt22-comet-da
 """
@@ -41,7 +41,12 @@ examples:
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("rows", type=Path, metavar="ROWS", help="documents of segments, JSON or JSON lines")
-    parser.add_argument("--pairs", type=int, default=3, metavar="N", help="pairs shown before each (default: 3)")
+    parser.add_argument(
+        "--pairs", type=int, metavar="N", help="pairs shown before each (default: as many as --context holds, else 3)"
+    )
+    parser.add_argument(
+        "--context", default="k3", metavar="NAME", help="GuoFeng's pairs before the book: k1, k3 (default)"
+    )
     parser.add_argument(
         "--own-pairs", action="store_true", help="show the model's own translations, not the references"
     )
@@ -59,13 +64,17 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     need("BLEU", *(["COMET"] if arguments.comet else []))
-    samples = segment_samples(read_rows(arguments.rows))[: arguments.limit]
+    samples = segment_samples(read_rows(arguments.rows), arguments.context)[: arguments.limit]
     model, tokenizer = open_model(arguments)
     arms = open_arms(arguments, model, ARMS, "eval translation")
     template = chat_template(tokenizer, arguments.chat_template)
     answerer = Answerer(model, tokenizer, template, arguments.new_tokens, ("\n",))
     first, _, second = arguments.languages.partition(",")
-    settings: dict[str, Any] = {"pairs": arguments.pairs, "chat_template": arguments.chat_template}
+    settings: dict[str, Any] = {
+        "pairs": arguments.pairs,
+        "context": arguments.context,
+        "chat_template": arguments.chat_template,
+    }
     translators = {"base": Translator(answerer, arguments.pairs, (first, second), arguments.own_pairs)}
     if arguments.temp_lora:
         options = learn_options(arguments)
