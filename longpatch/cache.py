@@ -194,19 +194,22 @@ class LambdaLayer(CacheLayerMixin):
         if self.is_initialized:
             self.keys = self.keys.repeat_interleave(repeats, dim=0)
             self.values = self.values.repeat_interleave(repeats, dim=0)
-            if self.memory is not None:
-                self.memory.select(torch.arange(len(self.keys)) // repeats)
+            self._select_memory(torch.arange(len(self.keys)) // repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
             self.keys, self.values = self.keys[indices], self.values[indices]
-            if self.memory is not None:
-                self.memory.select(indices)
+            self._select_memory(indices)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        if self.memory is not None and self.is_initialized:
-            self.memory.select(beam_idx)
+        if self.is_initialized:
+            self._select_memory(beam_idx)
+
+    def _select_memory(self, rows: Tensor) -> None:
+        if self.memory is not None:
+            old, self.memory = self.memory, self.memory.select(rows)
+            old.reset()
 
 
 class LambdaCache(Cache):

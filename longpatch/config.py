@@ -45,7 +45,9 @@ class LambdaConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 bound = f"{least}, the local_branch" if name == "limit_distance" else str(least)
                 reasons.append(f"{name}={value!r} must be an integer of at least {bound}")
-        if self.recall is not None and self.recall.block_tokens > self.local_branch:
+        if not isinstance(self.recall, Recall | None):
+            reasons.append(f"recall={self.recall!r} must be a Recall or None")
+        elif self.recall is not None and not reasons and self.recall.block_tokens > self.local_branch:
             reasons.append(f"recall.block_tokens={self.recall.block_tokens} must be at most local_branch")
         if self.implementation not in ("auto", *IMPLEMENTATIONS):
             known = ", ".join(("auto", *IMPLEMENTATIONS))

@@ -22,6 +22,7 @@ from .families.mpt import convert_attention as convert_mpt_attention
 from .forward import finish_forward, prepare_cache, prepare_drafts, prepare_forward, prepare_mask, share_as_mask
 from .layers import LayerSettings, common_sliding_window, layer_settings
 from .recall import Recall
+from .recall.search import recalled
 from .refusals import refusals
 from .rope import ExactRotary, exact_rotary
 
@@ -42,17 +43,23 @@ class Conversion(Changes):
     def recalled(self, cache: LambdaCache) -> dict[int, Tensor]:
         """Which tokens each layer recalled in the last forward with `cache`, by the number of the layer.
 
+        Of a `generate` that is the forward of the last token alone.
+
         `[B, Hq, queries, tokens]`, counted from each row's first token, -1 where nothing was recalled; layers that
         recalled nothing at all are left out. `generate(..., return_dict_in_generate=True)` returns its cache as
         `past_key_values`.
 
         Raises:
-            LongpatchError: if the model does not recall.
+            LongpatchError: if the model does not recall, or `cache` is not that of a forward which did.
         """
         if self.config.recall is None:
             raise LongpatchError("recalled", ["the model was converted without recall"], "convert_model(..., recall=)")
+        if not isinstance(cache, LambdaCache):
+            reason = f"cache is a {type(cache).__name__}"
+            raise LongpatchError("recalled", [reason], "the LambdaCache of a forward with use_cache=True")
         memories = {number: layer.memory for number, layer in enumerate(cache.layers) if layer.memory is not None}
-        return {number: memory.recalled for number, memory in memories.items() if memory.recalled is not None}
+        tokens = {number: recalled(memory) for number, memory in memories.items()}
+        return {number: of_layer for number, of_layer in tokens.items() if of_layer is not None}
 
     def __repr__(self) -> str:
         return f"Conversion({self.config})"
@@ -109,10 +116,10 @@ def convert_model(
         implementation = str(marker.get("implementation", "auto"))
     if recall is None and marker.get("recall"):
         recall = Recall(**marker["recall"])
-    recall = recall or None
     reasons = refusals(causal, local_branch, recall)
+    wanted = recall if isinstance(recall, Recall) else None
     try:
-        settings = LambdaConfig(local_branch, global_branch, limit_distance, slack, implementation, recall)
+        settings = LambdaConfig(local_branch, global_branch, limit_distance, slack, implementation, wanted)
     except LongpatchError as error:
         raise LongpatchError("convert_model", reasons + error.reasons, supported_families()) from None
     if reasons:

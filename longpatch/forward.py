@@ -165,12 +165,16 @@ def prepare_cache(model, generation_config, model_kwargs, generation_mode, batch
 
 
 def prepare_drafts(model: Any, **kwargs: Any) -> Any:
-    """Instance override of `_get_candidate_generator`: drafts that the cache could not take back are refused.
+    """Instance override of `_get_candidate_generator`: drafts that could change the text are refused.
+
+    The cache takes back no more than `slack` tokens. A recall of the last queries alone would be another in the forward
+    that verifies several tokens than in the forward of each.
 
     Raises:
         LongpatchError: before the model has read anything.
     """
-    slack, reasons = model.longpatch.config.slack, []
+    config, reasons = model.longpatch.config, []
+    slack = config.slack
     draft, assistant = kwargs["generation_config"].prompt_lookup_num_tokens, kwargs.get("assistant_model")
     if assistant is not None:
         draft, schedule = (
@@ -181,8 +185,13 @@ def prepare_drafts(model: Any, **kwargs: Any) -> Any:
             reasons.append(f"num_assistant_tokens_schedule={schedule!r} lets drafts grow without bound")
     if draft is not None and draft > slack:
         reasons.append(f"drafts of {draft} tokens are more than the cache can take back (slack={slack})")
+    if config.recall is not None and config.recall.queries is not None:
+        reasons.append(f"drafts with recall.queries={config.recall.queries}: not every token that is verified recalls")
     if reasons:
-        supported = f"num_assistant_tokens or prompt_lookup_num_tokens up to {slack}, constant, or a larger slack"
+        supported = (
+            f"num_assistant_tokens or prompt_lookup_num_tokens up to {slack}, constant, or a larger slack; "
+            "no recall, or Recall(queries=None)"
+        )
         raise LongpatchError("generate", reasons, supported)
     return type(model)._get_candidate_generator(model, **kwargs)
 

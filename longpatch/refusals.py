@@ -1,16 +1,17 @@
 """Why a model cannot be converted as asked."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from .families import FAMILIES, reasons_against
-from .layers import common_sliding_window
+from .layers import common_sliding_window, sliding_layers
 from .recall import Recall
 
 
-def refusals(model: nn.Module, local_branch: Any, recall: Recall | None) -> list[str]:
+def refusals(model: nn.Module, local_branch: Any, recall: Any) -> list[str]:
     """Every reason that lies in the model; empty if there is none."""
     if not isinstance(model, PreTrainedModel):
         return [f"model is a {type(model).__name__}, not a model of transformers"]
@@ -42,8 +43,17 @@ def _sliding_reasons(config: Any, local_branch: Any) -> list[str]:
     return [f"local_branch={local_branch} is more than the sliding window that every layer was trained with, {slides}"]
 
 
-def _recall_reasons(config: Any, recall: Recall | None) -> list[str]:
-    layers = config.num_hidden_layers
-    if recall is None or any(recall.covers(layer) for layer in range(layers)):
+def _recall_reasons(config: Any, recall: Any) -> list[str]:
+    if recall is None or recall is False:
         return []
-    return [f"recall from layer {recall.from_layer} to {recall.to_layer} covers none of the model's {layers} layers"]
+    if not isinstance(recall, Recall):
+        return [f"recall={recall!r} must be a Recall, False or None"]
+    reasons, sliding = [], sliding_layers(config)
+    if recall.folder is not None and not Path(recall.folder).is_dir():
+        reasons.append(f"recall.folder={recall.folder!r} is no folder")
+    mixed = any(sliding) and not all(sliding)
+    if not any(recall.covers(layer) and not (mixed and slides) for layer, slides in enumerate(sliding)):
+        covered = f"recall from layer {recall.from_layer} to {recall.to_layer} covers none of the model's"
+        never = ", of which those that stay sliding never recall" if mixed else ""
+        reasons.append(f"{covered} {len(sliding)} layers{never}")
+    return reasons

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from tests.recalling import best_blocks, best_tokens
 from tests.tiny import VOCABULARY
 
 COMMON = {
@@ -26,7 +27,8 @@ COMMON = {
 }
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
-YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 100.0, "original_max_position_embeddings": 16}
+THETA = {"rope_theta": 100.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16} | THETA
 PER_TYPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0},
@@ -90,11 +92,35 @@ CASES = {
     "stablelm-qk_layernorm": Case({"qk_layernorm": True}, "stablelm"),
     "starcoder2": Case(),
 }
+SCALED = {
+    "llama-linear": {"rope_type": "linear", "factor": 4.0},
+    "llama-yarn": YARN,
+    "llama-llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "llama-dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "llama-longrope": {
+        "rope_type": "longrope",
+        "factor": 4.0,
+        "short_factor": [1.0, 1.2, 1.5, 2.0],
+        "long_factor": [1.0, 2.0, 4.0, 8.0],
+        "original_max_position_embeddings": 16,
+    },
+}
+"""Ways of stretching rotary phases, which every family could have: Llama stands for them."""
+
+
+def case_of(name):
+    return Case({"rope_parameters": THETA | SCALED[name]}, "llama") if name in SCALED else CASES[name]
 
 
 def tiny_model(name, seed=0, dtype=torch.float64) -> Any:
     """An unconverted model in eval mode, in float64: what is compared is the method, not rounding."""
-    case = CASES[name]
+    case = case_of(name)
     config = AutoConfig.for_model(case.model_type or name, **COMMON | case.settings)
     torch.manual_seed(seed)
     model = (
@@ -108,12 +134,14 @@ def tiny_model(name, seed=0, dtype=torch.float64) -> Any:
     return model
 
 
-def reference_model(name, window, sinks, distance, first=None):
+def reference_model(name, window, sinks, distance, first=None, recall=None):
     """A copy of `tiny_model(name)` whose attention is the definition. `first` [B]: where each row's text begins.
+
+    With a `recall` of every query, see `tests.recalling`.
 
     Its own rotary phases are switched off, so that queries and keys reach the definition raw.
     """
-    model, case = tiny_model(name), CASES[name]
+    model, case = tiny_model(name), case_of(name)
     base, config = model.base_model, model.config
     AttentionInterface.register("definition", definition)
     modules = [module for module in base.modules() if type(module).__name__.endswith("Attention")]
@@ -125,6 +153,7 @@ def reference_model(name, window, sinks, distance, first=None):
             "sinks": 0 if slides else sinks,
             "distance": distance,
             "first": first,
+            "recall": None if slides else recall,
             "interleaved": case.interleaved,
             "frequencies": frequencies(base, slides) if rotated else torch.empty(0),
         }
@@ -172,6 +201,8 @@ def raw_gptj(module, hidden_states, **kwargs):
 
 def raw_falcon(module, hidden_states, position_embeddings, **kwargs):
     query, key, value = (x.transpose(1, 2) for x in module._split_heads(module.query_key_value(hidden_states)))
+    if module.new_decoder_architecture:  # keys come once for each query head
+        key, value = (x[:, :: module.num_heads // module.num_kv_heads] for x in (key, value))
     yarn = position_embeddings[0].unsqueeze(1)
     out, _ = definition(module, query * yarn, key * yarn, value, None, module.head_dim**-0.5)
     return module.dense(out.flatten(2)), None
@@ -188,7 +219,10 @@ def raw_mpt(module, hidden_states, **kwargs):
 
 
 def definition(module, query, key, value, attention_mask, scaling, softcap=None, s_aux=None, slopes=None, **kwargs):
-    """Visible iff d < L or j < G; encoded at distance d inside the window, D outside; one softmax. [B, n, H, d]."""
+    """Visible iff d < L or j < G; encoded at distance d inside the window, D outside; one softmax. [B, n, H, d].
+
+    What is recalled is visible too, encoded at the distance of recall.
+    """
     facts = types.SimpleNamespace(**module.definition)
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -196,8 +230,6 @@ def definition(module, query, key, value, attention_mask, scaling, softcap=None,
     first = torch.zeros(len(query), dtype=torch.long) if facts.first is None else facts.first
     index = torch.arange(count)
     d = index[:, None] - index
-    encoded = torch.where(d < facts.window, d, facts.distance).double()
-    turn = torch.polar(torch.ones(()).double(), encoded[..., None] * facts.frequencies)
     pairs = len(facts.frequencies)
 
     def complex_pairs(x):
@@ -205,16 +237,33 @@ def definition(module, query, key, value, attention_mask, scaling, softcap=None,
         x = x.unflatten(-1, (pairs, 2)) if facts.interleaved else x.unflatten(-1, (2, pairs)).mT
         return torch.complex(x[..., 0], x[..., 1])
 
-    rotated = torch.einsum("bhif,bhjf,ijf->bhij", complex_pairs(query), complex_pairs(key).conj(), turn).real
-    scores = scaling * (rotated + query[..., 2 * pairs :] @ key[..., 2 * pairs :].mT)
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
-    if slopes is not None:
-        scores = scores - slopes[:, None, None] * encoded
-    in_row = index - first[:, None]
-    visible = (d >= 0) & ((d < facts.window) | (in_row < facts.sinks)[:, None, None, :])
-    visible = visible & (in_row >= 0)[:, None, None, :]
+    def scores_at(encoded):
+        turn = torch.polar(torch.ones(()).double(), encoded.double()[..., None] * facts.frequencies)
+        rotated = torch.einsum("bhif,bhjf,ijf->bhij", complex_pairs(query), complex_pairs(key).conj(), turn).real
+        scores = scaling * (rotated + query[..., 2 * pairs :] @ key[..., 2 * pairs :].mT)
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        return scores if slopes is None else scores - slopes[:, None, None] * encoded
+
+    scores = scores_at(torch.where(d < facts.window, d, facts.distance))
+    in_row = (index - first[:, None])[:, None, None, :]
+    visible = (d >= 0) & ((d < facts.window) | (in_row < facts.sinks)) & (in_row >= 0)
     visible = visible | (d == 0)  # padding sees itself, and nobody looks at it
+    if facts.recall is not None:
+        at_distance = scores_at(torch.full_like(d, facts.recall.distance))
+        middle = (d >= facts.window) & (in_row >= facts.sinks)
+        if facts.recall.block_tokens == 1:
+            recalled = best_tokens(at_distance, middle, facts.recall.top_k)
+        else:
+            turn = torch.polar(torch.ones(()).double(), facts.recall.distance * facts.frequencies.double())
+
+            def plain(turned, rest):
+                return torch.cat((turned.real, turned.imag, rest[..., 2 * pairs :].double()), dim=-1)
+
+            far_query, raw_key = plain(complex_pairs(query) * turn, query), plain(complex_pairs(key), key)
+            number = (in_row[:, 0, 0] - facts.sinks).div(facts.recall.block_tokens, rounding_mode="floor")
+            recalled = best_blocks(scaling * far_query, raw_key, middle, number, facts.recall.top_k, group)
+        scores, visible = torch.where(recalled, at_distance, scores), visible | recalled
     scores = scores.masked_fill(~visible, -torch.inf)
     if s_aux is not None:
         scores = torch.cat((scores, s_aux[:, None, None].expand(*scores.shape[:3], 1)), dim=-1)

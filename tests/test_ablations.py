@@ -39,7 +39,9 @@ def by_hand(query, key, value, slopes, first, capped=True, middle=False, triangl
             for j in range(first, i + 1):
                 if j in middles and not middle:
                     continue
-                e = DISTANCE if capped and i - j >= WINDOW else i - j
+                e = i - j
+                if capped:
+                    e = min(e, DISTANCE) if middle or e < WINDOW else DISTANCE
                 q, k = query[h, row].tolist(), key[h // group, j].tolist()
                 total = 0.0
                 for c, frequency in enumerate(FREQUENCIES.tolist()):

@@ -66,6 +66,7 @@ SOURCES = {
         "rope.target_length": 1024,
         "training.use_cpu": True,
     },
+    "offline-demo": {"model.name": "demo", "rope.theta": 80_000.0, "rope.target_length": 1024, "data.length": 1024},
 }
 
 

@@ -29,6 +29,12 @@ def random_ids(batch, count, seed=0):
     return torch.randint(1, VOCABULARY, (batch, count), generator=generator)
 
 
+def distinct_ids(batch, count, seed=0):
+    """No token twice in a row: no two keys of the first layer, and so no two scores, are the same."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([1 + torch.randperm(VOCABULARY - 1, generator=generator)[:count] for _ in range(batch)])
+
+
 def read_in_chunks(model, ids, sizes, mask=None, cache=None):
     """Logits [B, n, V] of `ids` read in chunks whose sizes repeat, with one kept cache; and that cache."""
     logits, start, turn = [], 0, 0

@@ -76,7 +76,8 @@ def ablated(
         alibi_slopes: `[Hq]`, subtracts slope x distance.
         first_valid: `[B]`, columns before it are left padding.
         capped: False shows what lies outside the window at its true distance instead of `distance`.
-        middle: True shows every key, those between sinks and window too: with `capped`, the cap under full attention.
+        middle: True shows every key, those between sinks and window too; with `capped`, the cap under full attention:
+            a key at distance d appears at min(d, `distance`).
         triangle_offset: this times the logarithm of the number of middle keys that a query sees is subtracted from
             their scores.
 
@@ -96,14 +97,16 @@ def ablated(
     is_middle = seen & outside & (index - valid >= sinks)
     seen = seen if middle else seen & ~is_middle
 
+    beyond = d >= (distance if middle else window)
+
     turn = rotate or (lambda states, positions: states)
     score = turn(query, position) @ turn(key, index).mT
     if capped:
         far = turn(query, torch.full_like(position, distance)) @ key.mT
-        score = torch.where(outside, far, score)
+        score = torch.where(beyond, far, score)
     score = score * (query.shape[-1] ** -0.5 if scale is None else scale)
     if alibi_slopes is not None:
-        shown = torch.where(outside, distance, d) if capped else d
+        shown = torch.where(beyond, distance, d) if capped else d
         score = score - alibi_slopes[:, None, None].to(score.dtype) * shown
     if triangle_offset:
         count = is_middle.sum(dim=-1, keepdim=True).clamp_min(1)

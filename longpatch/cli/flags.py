@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -41,10 +41,10 @@ def fractions(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
-def recall_settings(text: str) -> Recall:
-    """Settings of `Recall`, as `Recall.parse` reads them."""
+def recall_settings(text: str) -> Recall | Literal[False]:
+    """Settings of `Recall`, as `Recall.parse` reads them; `none` turns a saved one off."""
     try:
-        return Recall.parse(text)
+        return False if text == "none" else Recall.parse(text)
     except LongpatchError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -59,7 +59,7 @@ def add_model_flags(parser: argparse.ArgumentParser, may_stay: bool = True) -> N
         "--recall",
         type=recall_settings,
         metavar="SETTINGS",
-        help="what left the window comes back: 'default', or settings of longpatch.Recall: top_k=20,distance=128",
+        help="what left the window comes back: 'default', settings of longpatch.Recall (top_k=5,queries=16), or 'none'",
     )
     if may_stay:
         group.add_argument("--no-convert", action="store_true", help="leave the model as it is")

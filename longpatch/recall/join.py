@@ -33,12 +33,12 @@ def join(
     """
     lookup = step.lookup
     assert lookup is not None
-    memory.recalled = None
+    memory.found = None
     if not lookup.possible:
         return out, lse
     rest = out.shape[2] - lookup.first.shape[1]
     asking = query[:, :, rest:]
-    recalled = search.attend(
+    found = search.attend(
         memory,
         rotate(asking, lookup.query_phase) if settings.rotated else asking,
         lookup,
@@ -46,7 +46,7 @@ def join(
         softcap,
         None if alibi_slopes is None else -alibi_slopes * lookup.distance,
     )
-    merged = merge(out[:, :, rest:], lse[:, :, rest:], *recalled)
+    merged = merge(out[:, :, rest:], lse[:, :, rest:], *found)
     if rest == 0:
         return merged
     joined, joined_lse = (torch.cat((a[:, :, :rest], b), dim=2) for a, b in zip((out, lse), merged, strict=True))

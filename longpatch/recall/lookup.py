@@ -51,6 +51,18 @@ class Lookup:
         key_phase, query_phase = rotary.phase(-positions), rotary.phase(distance - positions[:, count - queries :])
         return cls(settings, sinks, possible, starts, first, last, distance, key_phase, query_phase)
 
+    def select(self, rows: Tensor) -> "Lookup":
+        """Of some rows."""
+        limits = (limit if len(limit) == 1 else limit[rows.to(limit.device)] for limit in (self.first, self.last))
+        return self._limited(*limits)
+
+    def part(self, start: int, stop: int) -> "Lookup":
+        """Of the recalling queries `start` to `stop`."""
+        return self._limited(self.first[:, start:stop], self.last[:, start:stop])
+
+    def _limited(self, first: Tensor, last: Tensor) -> "Lookup":
+        return replace(self, first=first, last=last)
+
     def to(self, device, non_blocking: bool = False) -> "Lookup":
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=non_blocking)

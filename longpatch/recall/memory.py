@@ -2,11 +2,14 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import LongpatchError
 from .blocks import BlockIndex
+from .lookup import Lookup
 from .segment import Segment
 from .settings import SEGMENT_TOKENS, Recall
 
@@ -18,23 +21,25 @@ class Memory:
 
     Tokens come in when they are read, and may be recalled once they have left a query's window. Bytes of a layer::
 
-        2 * batch * key_value_heads * head_dim * bytes_per_number * segments * 4,096
+        2 * batch * key_value_heads * head_dim * bytes_per_number * 4,096 * segments
 
-    with `segments = ceil(tokens / 4,096)`, `bytes_per_number` 1 + 4 / head_dim in 8 bits; in block mode, on the device,
-    another `2 * batch * key_value_heads * head_dim * 4` for each block. With `max_tokens`, segments wholly older than
-    `max_tokens + window + slack` tokens are given up.
+    with `segments = ceil(tokens / 4,096)`, `bytes_per_number` 1 + 4 / head_dim in 8 bits. Block mode keeps, on the
+    device, another `2 * batch * key_value_heads * head_dim * 4` for each block of segments with tokens that left the
+    window. With `max_tokens`, segments wholly older than `max_tokens + window + slack + n` tokens are given up, or
+    never written, where the last `n` tokens of a forward recall.
     """
 
     def __init__(self, settings: Recall, window_tokens: int):
-        self.settings, self.window_tokens = settings, window_tokens
-        self.recalled: Tensor | None = None  # [B, Hq, queries, recalled tokens] of the last forward, -1 where none
+        self.settings, self.window_tokens = settings, window_tokens  # the slack counts as window
         self.reset()
 
     def reset(self) -> None:
-        self.segments: list[Segment | None] = []
+        self.segments: dict[int, Segment] = {}
+        self.oldest = 0  # tokens before this one are forgotten: whole segments
         self.lengths: list[int] = []  # tokens of each row
         self.folder: tempfile.TemporaryDirectory | None = None
         self.index = BlockIndex(self.settings.block_tokens) if self.settings.block_tokens > 1 else None
+        self.found: tuple[Tensor, Lookup] | None = None  # tokens or blocks [B, Hkv, g, q, k] of the last forward
 
     def append(self, keys: Tensor, values: Tensor, starts: list[int]) -> None:
         """Take in keys, turned back to position 0, and values [B, Hkv, n, d].
@@ -45,10 +50,12 @@ class Memory:
         count = keys.shape[2]
         starts = starts * len(keys) if len(starts) == 1 else starts
         self.lengths = self.lengths or [0] * len(keys)
-        self._forget(min(starts))
+        if self.settings.max_tokens is not None:
+            asking = count if self.settings.queries is None else min(self.settings.queries, count)
+            self._forget(min(starts) + count - asking - self.window_tokens - self.settings.max_tokens)
         alike = min(starts) == max(starts) and starts[0] >= 0
         for row, start in [(slice(None), starts[0])] if alike else [(slice(r, r + 1), s) for r, s in enumerate(starts)]:
-            skipped = min(count, max(0, -start))
+            skipped = min(count, max(0, self.oldest - start))
             self._write(row, start + skipped, keys[row, :, skipped:], values[row, :, skipped:])
         self.lengths = [max(0, start + count) for start in starts]
         if self.index is not None:
@@ -65,15 +72,10 @@ class Memory:
             done += count
 
     def _segment(self, number: int, keys: Tensor, values: Tensor) -> Segment:
-        while len(self.segments) <= number:
-            self.segments.append(None)
-        segment = self.segments[number]
-        if segment is None:
-            rows = len(self.lengths)
-            keys, values = (states[:1].expand(rows, -1, -1, -1) for states in (keys, values))
-            segment = Segment(keys, values, self.settings.storage, self.settings.bits, self._path(number))
-            self.segments[number] = segment
-        return segment
+        if number not in self.segments:
+            kept = self.settings.storage, self.settings.bits, self._path(number)
+            self.segments[number] = Segment.create(keys, values, len(self.lengths), *kept)
+        return self.segments[number]
 
     def _path(self, number: int) -> Path | None:
         if self.settings.storage != "disk":
@@ -82,15 +84,18 @@ class Memory:
             self.folder = tempfile.TemporaryDirectory(prefix="longpatch-", dir=self.settings.folder)
         return Path(self.folder.name) / f"segment-{number}.safetensors"
 
-    def _forget(self, start: int) -> None:
-        if self.settings.max_tokens is None:
+    def _forget(self, tokens: int) -> None:
+        """Give up segments wholly among the first `tokens` tokens."""
+        oldest = tokens // SEGMENT_TOKENS * SEGMENT_TOKENS
+        if oldest <= self.oldest:
             return
-        oldest = start - self.settings.max_tokens - self.window_tokens
-        for number in range(max(0, oldest // SEGMENT_TOKENS)):
-            if number < len(self.segments) and self.segments[number] is not None:
-                self.segments[number] = None
-                if self.folder is not None:
-                    (Path(self.folder.name) / f"segment-{number}.safetensors").unlink(missing_ok=True)
+        self.oldest = oldest
+        for number in [number for number in self.segments if number < oldest // SEGMENT_TOKENS]:
+            del self.segments[number]
+            if self.folder is not None:
+                (Path(self.folder.name) / f"segment-{number}.safetensors").unlink()
+        if self.index is not None:
+            self.index.forget(oldest)
 
     def crop(self, count: int) -> None:
         """Take back the last `count` tokens of every row."""
@@ -103,24 +108,27 @@ class Memory:
         while first <= last:
             number, place = divmod(first, SEGMENT_TOKENS)
             count = min(last + 1 - first, SEGMENT_TOKENS - place, longest)
-            segment = self.segments[number]
+            segment = self.segments.get(number)
             if segment is not None:
                 yield first, first + count, segment
             first += count
 
-    def representatives(self, blocks: int, whole: int, like: Tensor) -> Tensor:
-        """What stands for the first `blocks` blocks [B, Hkv, blocks, 2 d], in dtype and on the device of `like`.
+    def representatives(self, blocks: int, whole: int, like: Tensor) -> tuple[int, Tensor]:
+        """The first block that is not forgotten, and what stands for it and those up to `blocks`, [B, Hkv, b, 2 d].
 
-        `whole` of them are whole in every row.
+        In dtype and on the device of `like`; the first `whole` blocks are whole in every row.
         """
         assert self.index is not None
+        blocks = max(blocks, self.index.first + 1)
         first, last = self.index.done * self.index.block_tokens, blocks * self.index.block_tokens - 1
-        self.index.take(self.pieces(first, last, SEGMENT_TOKENS), whole, like)
-        assert self.index.keys is not None
-        return self.index.keys[:, :, :blocks]
+        keys = self.index.take(self.pieces(first, last, SEGMENT_TOKENS), blocks, whole, like)
+        return self.index.first, keys
 
     def fetch(self, name: str, starts: Tensor, block_tokens: int, dtype: torch.dtype) -> Tensor:
-        """`keys` or `values` [B, Hkv, r, block_tokens, d] of the tokens that begin at `starts` [B, Hkv, r]."""
+        """`keys` or `values` [B, Hkv, r, block_tokens, d] of the tokens that begin at `starts` [B, Hkv, r].
+
+        What is forgotten comes back as any numbers: it is only asked for to be masked.
+        """
         home = self.home
         if starts.numel() <= FEW:
             return self._fetch_few(name, starts, block_tokens, dtype)
@@ -129,20 +137,13 @@ class Memory:
         index = place[..., None] + torch.arange(block_tokens, device=home)  # [B, Hkv, r, block_tokens]
         batch = torch.arange(starts.shape[0], device=home)[:, None, None, None]
         head = torch.arange(starts.shape[1], device=home)[None, :, None, None]
-        out = None
-        numbers = number.unique().tolist()
+        numbers = [chosen for chosen in number.unique().tolist() if chosen in self.segments]
+        if len(numbers) == 1:
+            return self.segments[numbers[0]].read(name, (batch, head, index), dtype)
+        out = torch.zeros((*index.shape, self._latest.tensors[name].shape[-1]), dtype=dtype, device=home)
         for chosen in numbers:
-            segment = self.segments[chosen]
-            if segment is None:
-                continue
-            if len(numbers) == 1:
-                return segment.read(name, (batch, head, index), dtype)
             b, h, r = (number == chosen).nonzero(as_tuple=True)
-            part = segment.read(name, (b[:, None], h[:, None], index[b, h, r]), dtype)
-            if out is None:
-                out = part.new_zeros((*index.shape, part.shape[-1]))
-            out[b, h, r] = part
-        assert out is not None
+            out[b, h, r] = self.segments[chosen].read(name, (b[:, None], h[:, None], index[b, h, r]), dtype)
         return out
 
     def _fetch_few(self, name: str, starts: Tensor, block_tokens: int, dtype: torch.dtype) -> Tensor:
@@ -152,7 +153,7 @@ class Memory:
             for head, of_head in enumerate(heads):
                 for start in of_head:
                     number, place = divmod(start, SEGMENT_TOKENS)
-                    segment = self.segments[number] or self._latest  # a forgotten one is only asked for to be masked
+                    segment = self.segments.get(number, self._latest)
                     found.append(segment.read(name, (row, head, slice(place, place + block_tokens)), dtype))
         return torch.stack(found).view(*starts.shape, block_tokens, -1)
 
@@ -167,12 +168,12 @@ class Memory:
 
     @property
     def _latest(self) -> Segment:
-        return next(segment for segment in reversed(self.segments) if segment is not None)
+        return self.segments[max(self.segments)]
 
     @property
     def nbytes(self) -> int:
         """Bytes taken, representatives of blocks included."""
-        held = [tensor for segment in self.segments if segment is not None for tensor in segment.tensors.values()]
+        held = [tensor for segment in self.segments.values() for tensor in segment.tensors.values()]
         if self.index is not None and self.index.keys is not None:
             held.append(self.index.keys)
         return sum(tensor.nbytes for tensor in held)
@@ -180,35 +181,38 @@ class Memory:
     def state(self) -> dict[str, Tensor]:
         """All that is remembered, as named tensors, for `restore`."""
         held = {"lengths": torch.tensor(self.lengths, dtype=torch.long)}
-        for number, segment in enumerate(self.segments):
-            if segment is not None:
-                held |= {f"{number}.{name}": tensor for name, tensor in segment.tensors.items()}
+        for number, segment in self.segments.items():
+            held |= {f"{number}.{name}": tensor for name, tensor in segment.settled().items()}
         return held
 
     def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
         """Remember what `state` of a memory of the same settings held; `device` is the model's."""
         self.reset()
         self.lengths = state["lengths"].tolist()
-        for number in sorted({int(name.partition(".")[0]) for name in state if name != "lengths"}):
-            tensors = {name: state[f"{number}.{name}"] for name in ("keys", "values")}
-            segment = self._segment(number, tensors["keys"].to(device), tensors["values"].to(device))
+        numbers = {int(name.partition(".")[0]) for name in state if name != "lengths"}
+        self._forget(min(numbers, default=0) * SEGMENT_TOKENS)
+        for number in sorted(numbers):
+            segment = self._segment(number, *(state[f"{number}.{name}"].to(device) for name in ("keys", "values")))
             for name, held in segment.tensors.items():
                 held.copy_(state[f"{number}.{name}"])
 
-    def select(self, rows: Tensor) -> None:
-        """Keep, repeat or reorder rows: copies everything, which beams do at each step."""
+    def select(self, rows: Tensor) -> "Memory":
+        """Another memory of some rows, in files of its own: copies everything, which beams do at each step."""
+        new = Memory(self.settings, self.window_tokens)
         if not self.lengths:
-            return
-        old_folder, old = self.folder, self.segments
-        self.segments, self.folder = [None] * len(old), None
-        self.lengths = [self.lengths[row] for row in rows.tolist()]
-        for number, segment in enumerate(old):
-            if segment is not None:
-                keys, values = (segment.tensors[name][:1].expand(len(rows), -1, -1, -1) for name in ("keys", "values"))
-                new = Segment(keys, values, "device", self.settings.bits, self._path(number))
-                new.select(rows, segment)
-                self.segments[number] = new
-        if self.index is not None:
-            self.index.crop(0)
-        if old_folder is not None:
-            old_folder.cleanup()
+            return new
+        new.oldest, new.lengths = self.oldest, [self.lengths[row] for row in rows.tolist()]
+        new.segments = {number: segment.select(rows, new._path(number)) for number, segment in self.segments.items()}
+        new.index = None if self.index is None else self.index.select(rows)
+        if self.found is not None:
+            chosen, lookup = self.found
+            new.found = chosen[rows.to(chosen.device)], lookup.select(rows)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Memory":
+        return self.select(torch.arange(len(self.lengths)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.folder is not None:
+            raise LongpatchError("pickle", ["the files of storage='disk' go with their cache"], "copy.deepcopy(cache)")
+        return vars(self)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from longpatch_kernels.inputs import computing_dtype
 
@@ -23,28 +24,63 @@ def attend(
     """Attention of `query` [B, Hq, q, d], already at the distance of recalled tokens, to those that it recalls.
 
     `bias` [Hq] is added to every score (ALiBi: -slope x distance). Returns out [B, Hq, q, d] and log-sum-exp
-    [B, Hq, q]; 0 and -inf for a query that recalls nothing. `memory.recalled` tells afterwards what was recalled.
+    [B, Hq, q]; 0 and -inf for a query that recalls nothing. `recalled(memory)` tells afterwards what was recalled.
     """
     dtype = computing_dtype(query.dtype)
     grouped = (query.to(dtype) * scale).unflatten(1, (memory.key_heads, -1))  # [B, Hkv, g, q, d]
+    if bias is not None:
+        bias = bias.to(dtype).view(1, memory.key_heads, -1, 1, 1)
+    longest = max(1, SCORES // _numbers(grouped, lookup))
+    parts = []
+    for start in range(0, query.shape[2], longest):
+        part = grouped[:, :, :, start : start + longest]
+        parts.append(_attend(memory, part, lookup.part(start, start + longest), softcap, bias))
+    out, lse, chosen = parts[0] if len(parts) == 1 else [torch.cat(of, dim=3) for of in zip(*parts, strict=True)]
+    memory.found = chosen, lookup
+    return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
+
+
+def recalled(memory: Memory) -> Tensor | None:
+    """What the queries of the last forward recalled, [B, Hq, queries, tokens], -1 where nothing; None if none did.
+
+    Tokens count from each row's first one.
+    """
+    if memory.found is None:
+        return None
+    chosen, lookup = memory.found
+    tokens = chosen if lookup.settings.block_tokens == 1 else _tokens_of(chosen, lookup)
+    return torch.where(tokens < 0, -1, tokens + lookup.sinks).flatten(1, 2)
+
+
+def _numbers(query: Tensor, lookup: Lookup) -> int:
+    """How many numbers one query of `query` [B, Hkv, g, q, d] takes while it seeks and fetches."""
+    batch, key_heads, group, _, dim = query.shape
+    size, fetched = lookup.settings.block_tokens, lookup.settings.top_k * lookup.settings.block_tokens
+    if size == 1:
+        return batch * key_heads * group * (1024 + fetched * dim)
+    return batch * key_heads * (group * (int(lookup.last.max()) // size + 1 + fetched) + 2 * fetched * dim)
+
+
+def _attend(
+    memory: Memory, query: Tensor, lookup: Lookup, softcap: float | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Out [B, Hkv, g, q, d], log-sum-exp [B, Hkv, g, q] and what was chosen, tokens or blocks [B, Hkv, g, q, k]."""
     if lookup.settings.block_tokens == 1:
-        scores, tokens = _best_tokens(memory, grouped, lookup)
-        values = memory.fetch("values", tokens.clamp_min(0).flatten(2), 1, dtype).to(query.device)
-        values = values.view(*tokens.shape, -1)  # [B, Hkv, g, q, k, d]
+        scores, tokens = _best_tokens(memory, query, lookup)
+        values = memory.fetch("values", tokens.clamp_min(0).flatten(2), 1, query.dtype).to(query.device)
+        values, chosen = values.view(*tokens.shape, -1), tokens  # [B, Hkv, g, q, k, d]
     else:
-        blocks = _best_blocks(memory, grouped, lookup)
-        scores, tokens, values = _block_tokens(memory, grouped, blocks, lookup)
-    recalled = tokens.expand_as(scores).flatten(1, 2)
-    memory.recalled = torch.where(recalled < 0, -1, recalled + lookup.sinks)
+        blocks = _best_blocks(memory, query, lookup)
+        scores, tokens, values = _block_tokens(memory, query, blocks, lookup)
+        chosen = blocks[:, :, None].expand(-1, -1, query.shape[2], -1, -1)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill((tokens < 0).expand_as(scores), -torch.inf)
     if bias is not None:
-        scores = scores + bias.to(dtype).view(1, memory.key_heads, -1, 1, 1)
+        scores = scores + bias
     lse = scores.logsumexp(dim=-1)
     weights = (scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
-    out = (weights[..., None, :] @ values).squeeze(-2)
-    return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
+    return (weights[..., None, :] @ values).squeeze(-2), lse, chosen
 
 
 def _best_tokens(memory: Memory, query: Tensor, lookup: Lookup) -> tuple[Tensor, Tensor]:
@@ -91,16 +127,15 @@ def _best_blocks(memory: Memory, query: Tensor, lookup: Lookup) -> Tensor:
     """
     size, k = lookup.settings.block_tokens, lookup.settings.top_k
     first, last = lookup.first // size, lookup.last // size
-    count = int(last.max()) + 1
-    representatives = memory.representatives(count, int(last.amax(dim=1).min()) + 1, query)
+    start, representatives = memory.representatives(int(last.max()) + 1, int(last.amax(dim=1).min()) + 1, query)
     signed = torch.cat((query.clamp_min(0), query.clamp_max(0)), dim=-1)
-    block = torch.arange(count, device=query.device)
+    block = torch.arange(start, start + representatives.shape[2], device=query.device)
     hidden = (block < first[..., None]) | (block > last[..., None])  # [B or 1, q, blocks]
     scores = _products(signed.flatten(2, 3), representatives).view(*query.shape[:4], -1)
     worth = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(dim=-1).sum(dim=2)
     worth = worth.masked_fill(hidden[:, None], -torch.inf)
-    value, chosen = worth.topk(min(k, count), dim=-1)
-    return chosen.masked_fill(value.isneginf(), -1)
+    value, chosen = worth.topk(min(k, len(block)), dim=-1)
+    return pad((chosen + start).masked_fill(value.isneginf(), -1), (0, k - value.shape[-1]), value=-1)
 
 
 def _block_tokens(memory: Memory, query: Tensor, blocks: Tensor, lookup: Lookup) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,9 +149,15 @@ def _block_tokens(memory: Memory, query: Tensor, blocks: Tensor, lookup: Lookup)
         memory.fetch(name, starts, size, query.dtype).to(query.device).view(*blocks.shape[:3], -1, query.shape[-1])
         for name in ("keys", "values")
     )
-    tokens = blocks[..., None] * size + torch.arange(size, device=query.device)
-    first, last = (limit[:, None, :, None, None] for limit in (lookup.first, lookup.last))
-    hidden = (blocks[..., None] < 0) | (tokens < first) | (tokens > last)
-    tokens = tokens.masked_fill(hidden, -1).flatten(3)[:, :, None]
+    tokens = _tokens_of(blocks[:, :, None], lookup)
     scores = torch.einsum("bhgqd,bhqtd->bhgqt", query, keys)
     return scores.masked_fill(tokens < 0, -torch.inf), tokens, values[:, :, None]
+
+
+def _tokens_of(blocks: Tensor, lookup: Lookup) -> Tensor:
+    """Tokens of blocks [B, Hkv, g, q, k] that may be recalled, [B, Hkv, g, q, k block_tokens], the others -1."""
+    size = lookup.settings.block_tokens
+    tokens = blocks[..., None] * size + torch.arange(size, device=blocks.device)
+    first, last = (limit[:, None, None, :, None, None] for limit in (lookup.first, lookup.last))
+    hidden = (blocks[..., None] < 0) | (tokens < first) | (tokens > last)
+    return tokens.masked_fill(hidden, -1).flatten(4)

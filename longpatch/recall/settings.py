@@ -1,6 +1,7 @@
 """What a user may choose about recall, validated and frozen."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from ..errors import LongpatchError
 
@@ -25,7 +26,8 @@ class Recall:
         queries: the last so many queries of each forward recall, one in LM-Infinite; None means every query.
         block_tokens: tokens of a block; a divisor of 4,096, and at most the window. Blocks count from the sinks.
         storage: where keys and values are kept: "device" (the model's), "cpu" (pinned where there is a GPU), "disk".
-        folder: where the files of "disk" go; None means the system's temporary folder. They go with the cache.
+        folder: where the files of "disk" go, a folder that is there; None means the system's temporary one. They go
+            with the cache.
         bits: 8 keeps keys and values in 8 bits with one scale for each token and head; None keeps them as they are.
         max_tokens: only the latest so many tokens that left the window can be recalled; older ones are forgotten.
 
@@ -40,7 +42,7 @@ class Recall:
     queries: int | None = 1
     block_tokens: int = 1
     storage: str = "device"
-    folder: str | None = None
+    folder: str | Path | None = None
     bits: int | None = None
     max_tokens: int | None = None
 
@@ -55,11 +57,15 @@ class Recall:
                 reasons.append(f"{name}={value!r} must be an integer of at least {least}" + " or None" * optional)
         if isinstance(self.block_tokens, int) and self.block_tokens > 0 and SEGMENT_TOKENS % self.block_tokens:
             reasons.append(f"block_tokens={self.block_tokens} must divide {SEGMENT_TOKENS}")
-        least = self.top_k * self.block_tokens
-        if not reasons and self.max_tokens is not None and self.max_tokens < least:
+        if not reasons and self.max_tokens is not None and self.max_tokens < self.top_k * self.block_tokens:
+            least = self.top_k * self.block_tokens
             reasons.append(f"max_tokens={self.max_tokens} must be at least top_k * block_tokens = {least}")
         if self.storage not in STORAGES:
             reasons.append(f"storage={self.storage!r} must be one of {', '.join(STORAGES)}")
+        if isinstance(self.folder, Path):
+            object.__setattr__(self, "folder", str(self.folder))  # saved as JSON
+        if not isinstance(self.folder, str | None):
+            reasons.append(f"folder={self.folder!r} must be a path or None")
         if self.folder is not None and self.storage != "disk":
             reasons.append(f"folder={self.folder!r} goes with storage='disk' only")
         if self.bits not in (None, 8):
