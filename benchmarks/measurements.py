@@ -149,6 +149,19 @@ MEASUREMENTS = [
         figure=True,
     ),
     Measurement(
+        "smollm2-needle-recall",
+        "Needle, SmolLM2-135M with recall",
+        "longpatch eval needle smollm2 BOOKS --local-branch 1024 --recall top_k=5,queries=16 --baseline 1024/10"
+        " --lengths 2048,4096,8192 --depths 5 --new-tokens 40\n"
+        "longpatch eval needle smollm2 BOOKS --local-branch 1024 --recall top_k=5,queries=16,from_layer=8,to_layer=24"
+        " --lengths 2048,4096,8192 --depths 5 --new-tokens 40",
+        text="Without recall, the needle in the last 1,024 tokens is found. See [recall.md](recall.md).",
+        published=NEEDLE,
+        metrics=("rougeL", "match"),
+        figure=True,
+        records="recall_needle.jsonl",
+    ),
+    Measurement(
         "demo-attention",
         "Attention by position, small model",
         "longpatch eval attention demo BOOKS/5274.txt BOOKS/50031.txt --local-branch 256 --global-branch 4"
