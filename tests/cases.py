@@ -76,10 +76,10 @@ def run(arguments, implementation, dtype=None, through_lse=True):
                 leaves[name] = arguments[name].requires_grad_()
     out, lse = lambda_attention(**arguments, implementation=implementation)
     generator = torch.Generator().manual_seed(0)
-    loss = (out * torch.randn(out.shape, generator=generator).to(out.dtype)).sum()
+    loss = (out * torch.randn(out.shape, generator=generator).to(out)).sum()
     if through_lse:
         visible = lse > -torch.inf
-        loss = loss + (lse[visible] * torch.randn(lse.shape, generator=generator).to(lse.dtype)[visible]).sum()
+        loss = loss + (lse[visible] * torch.randn(lse.shape, generator=generator).to(lse)[visible]).sum()
     loss.backward()
     gradients = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
     return {"out": out.detach(), "lse": lse.detach(), **gradients}

@@ -53,9 +53,12 @@ def poisoned():
 
 
 def check_float32(implementation, case):
-    arguments = build(case, torch.float32)
-    expected = run(arguments, "reference", torch.float64, case["through_lse"])
-    actual = run(arguments, implementation, through_lse=case["through_lse"])
+    compare(build(case, torch.float32), implementation, case["through_lse"])
+
+
+def compare(arguments, implementation, through_lse):
+    expected = run(arguments, "reference", torch.float64, through_lse)
+    actual = run(arguments, implementation, through_lse=through_lse)
     for name, reference in expected.items():
         largest = reference[reference > -torch.inf].abs().max().item() if (reference > -torch.inf).any() else 0.0
         assert error(actual[name], reference) < 2e-5 * max(1.0, largest), name
@@ -186,6 +189,39 @@ def long_call(queries=2000, window=800):
         "first_valid": first_valid,
         "far_positions": first_valid[:, None] + torch.arange(4),
     }
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "auto"])
+@pytest.mark.parametrize("window", [9, 100])
+def test_tensors_may_lie_in_memory_as_they_like(implementation, window):
+    """Numbers of a row apart from each other, tokens before heads, keys shared by a batch, a strided `first_valid`."""
+    columns = torch.randn(2, 4, 16, 40).transpose(2, 3)
+    tokens = torch.randn(2, 40, 4, 16).transpose(1, 2)
+    shared = torch.randn(1, 4, 40, 16).expand(2, -1, -1, -1)
+    sinks = torch.randn(1, 4, 16, 3).transpose(2, 3).expand(2, -1, -1, -1)
+    call = {"key": columns, "value": columns, "query_far": columns, "key_far": sinks, "value_far": sinks}
+    for changed in ({"query": columns}, {"query": tokens, "key": shared}, {"query": tokens, "value": tokens}):
+        arguments = call | changed | {"window": window, "first_valid": torch.tensor([[3, 0], [0, 0]])[:, 0]}
+        for through_lse in (False, True):
+            compare(arguments, implementation, through_lse)
+        with torch.no_grad():
+            found = lambda_attention(**arguments, implementation=implementation)
+            wanted = lambda_attention(**arguments, implementation="reference")
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_place_in_the_ring_past_its_end_is_taken_modulo():
+    query, key, value = (torch.randn(1, 2, n, 32) for n in (1, 50, 50))
+    outs = [lambda_attention(query, key, value, window=50, ring_start=torch.tensor(start))[0] for start in (3, 53)]
+    assert torch.equal(*outs)
+
+
+def test_the_window_beyond_the_keys_costs_nothing():
+    """Masks are as wide as the keys there are."""
+    query, key = torch.randn(1, 2, 100, 32), torch.randn(1, 2, 200, 32)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        lambda_attention(query, key, key, window=10**6, implementation="blocked")
+    assert max(event.cpu_memory_usage for event in profile.events()) < 2**20
 
 
 def test_chunks_over_a_cache_equal_one_call():

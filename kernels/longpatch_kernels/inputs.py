@@ -79,6 +79,12 @@ class LambdaInputs:
         """Positions of the keys stored at `index`."""
         return (index - self.ring_start) % self.key_count if self.wraps else index
 
+    def dense(self) -> "LambdaInputs":
+        """The same call with every row of head_dim numbers in one piece."""
+        if all(t is None or t.stride(-1) == 1 for t in self.tensors):
+            return self
+        return self.with_tensors(*(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in self.tensors))
+
     def with_tensors(self, query, key, value, query_far, key_far, value_far) -> "LambdaInputs":
         far = self.far and replace(self.far, query=query_far, key=key_far, value=value_far)
         return replace(self, query=query, key=key, value=value, far=far)
@@ -184,7 +190,7 @@ def checked_inputs(
         value=value,
         window=window,
         far=far,
-        first_valid=first_valid,
+        first_valid=None if first_valid is None else first_valid.contiguous(),
         ring_start=ring_start,
         scale=head_dim**-0.5 if scale is None else scale,
         alibi_slopes=alibi_slopes,

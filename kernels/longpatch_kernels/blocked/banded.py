@@ -23,7 +23,7 @@ _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 
 def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, n, d] and log-sum-exp [B, Hq, n] in float32."""
-    x = x.in_time_order()
+    x = x.in_time_order().dense()  # PyTorch's kernel does not ask for the last stride
     if _is_causal(x):
         query, key, value = _expanded(x)
         out, lse = _kernel(query, key, value, 0.0, True, scale=x.scale)
@@ -41,7 +41,7 @@ def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
 
 def backward(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor) -> Gradients:
     """Gradients of the inputs, through `out` alone: the kernel's backward takes no gradient of the log-sum-exp."""
-    ordered = x.in_time_order()
+    ordered, grad_out = x.in_time_order().dense(), grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     if _is_causal(ordered):
         far = [t if t is None else torch.zeros_like(t) for t in x.tensors[3:]]
         return x.as_stored((*_causal_backward(ordered, out, lse, grad_out), *far))

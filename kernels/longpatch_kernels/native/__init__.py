@@ -95,7 +95,7 @@ def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     call = _Call(
         query=rows(x.query), key=rows(x.key), value=rows(x.value), out=rows(out), lse=lse.data_ptr(),
         batch=batch, heads=heads, key_heads=x.key.shape[1], queries=queries, keys=x.key_count, dim=dim,
-        window=x.window, ring_start=int(x.ring_start), threads=torch.get_num_threads(),
+        window=x.window, ring_start=int(x.ring_start) % max(1, x.key_count), threads=torch.get_num_threads(),
         scale=x.scale * math.log2(math.e),
     )  # fmt: skip
     if x.far is not None and x.far.key.shape[2]:
