@@ -106,8 +106,9 @@ def convert_model(
     marker = getattr(config, "longpatch", None) or {}
     if local_branch is None and limit_distance is None:
         limit_distance = marker.get("limit_distance")
-    if local_branch is None:
-        local_branch = marker.get("local_branch") or _default_window(config) or limit_distance or ANY
+    window: int = marker.get("local_branch") or _default_window(config) or limit_distance or ANY
+    if local_branch is not None:
+        window = local_branch
     if global_branch is None:
         global_branch = int(marker.get("global_branch", 10))
     if slack is None:
@@ -116,10 +117,10 @@ def convert_model(
         implementation = str(marker.get("implementation", "auto"))
     if recall is None and marker.get("recall"):
         recall = Recall(**marker["recall"])
-    reasons = refusals(causal, local_branch, recall)
+    reasons = refusals(causal, window, recall)
     wanted = recall if isinstance(recall, Recall) else None
     try:
-        settings = LambdaConfig(local_branch, global_branch, limit_distance, slack, implementation, wanted)
+        settings = LambdaConfig(window, global_branch, limit_distance, slack, implementation, wanted)
     except LongpatchError as error:
         raise LongpatchError("convert_model", reasons + error.reasons, supported_families()) from None
     if reasons:

@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TextStreamer
@@ -61,7 +62,8 @@ def run(arguments: Namespace) -> None:
         ids = tokens.plain(render(tokenizer, template, [{"role": "user", "content": text}], prompt=True))
         ends = end_tokens(tokens, template)
     inputs = torch.tensor([ids], device=model.device)
-    writer, reading = model, {"prefill_chunk_size": READ}
+    writer: Any = model
+    reading = {"prefill_chunk_size": READ}
     if arguments.temp_lora:
         options = learn_options(arguments)
         reading = {}  # it reads a part at a time by itself

@@ -55,7 +55,8 @@ class Segment:
                 states = (states.float() / scale).round().to(torch.int8)
             held[place].copy_(states, non_blocking=True)
         if keys.is_cuda and not self.tensors["keys"].is_cuda:
-            self.written = torch.cuda.current_stream(keys.device).record_event()
+            self.written = torch.cuda.Event()
+            self.written.record(torch.cuda.current_stream(keys.device))
 
     def settled(self) -> dict[str, Tensor]:
         """The tensors by name, once all that was written to them has arrived."""

@@ -38,7 +38,8 @@ class Columns:
         if isinstance(self.cache, LambdaCache):
             self.cache.reset()
         else:
-            self.cache.layers = empty_cache(model).layers
+            fresh: Any = empty_cache(model)
+            self.cache.layers = fresh.layers
         positions = None if mask is None else (mask.cumsum(dim=1) - 1).clamp_min(0)
         if ids.shape[1]:
             model(
