@@ -21,9 +21,10 @@ class PreallocatedLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, max_length: int, layers: int, dtype: torch.dtype | None, device: torch.device | None):
+    def __init__(self, max_length: int, to_come: int, dtype: torch.dtype | None, device: torch.device | None):
+        """`to_come`: layers that take memory from this one on, itself included."""
         super().__init__()
-        self.max_length, self.layers, self.asked = max_length, layers, (dtype, device)
+        self.max_length, self.to_come, self.asked = max_length, to_come, (dtype, device)
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -31,7 +32,7 @@ class PreallocatedLayer(CacheLayerMixin):
         self.dtype, self.device = dtype or key_states.dtype, torch.device(device or key_states.device)
         batch, heads, _, dim = key_states.shape
         shape = (2, batch, heads, self.max_length, max(dim, value_states.shape[-1]))
-        needed = self.layers * torch.Size(shape).numel() * self.dtype.itemsize
+        needed = self.to_come * torch.Size(shape).numel() * self.dtype.itemsize
         free = free_bytes(self.device)
         if needed > free and not torch.compiler.is_compiling():
             reason = f"{needed:,} bytes for {self.max_length:,} tokens in {batch} rows, {free:,} are free"
@@ -134,9 +135,9 @@ class PreallocatedCache(Cache):
             raise LongpatchError(CALL, ["the model is converted"], "LambdaCache for converted models")
         count = _cached_layers(config)
         place = None if device is None else torch.device(device)
-        super().__init__(
-            [PreallocatedLayer(max_length, count, dtype, place) for _ in range(count)], offloading=offloading
-        )
+        at_once = 2 if offloading else count  # layers on the device: the one that runs, and the next
+        layers = [PreallocatedLayer(max_length, min(at_once, count - i), dtype, place) for i in range(count)]
+        super().__init__(layers, offloading=offloading)
 
     @staticmethod
     def memory_bytes(

@@ -128,6 +128,23 @@ def test_the_formula_is_what_it_takes(dtype):
 
 
 @torch.no_grad()
+def test_layers_that_have_their_memory_are_not_asked_for_again(monkeypatch):
+    """With a little more than all layers need, and less free after each."""
+    config = tiny_llama(num_hidden_layers=10).config
+    cache = PreallocatedCache(config, 64)
+    free = int(1.1 * PreallocatedCache.memory_bytes(config, 64))
+
+    def left(device):
+        taken = sum(2 * layer.keys.nbytes for layer in cache.layers if layer.is_initialized)
+        return free - taken
+
+    monkeypatch.setattr("longpatch.preallocated.free_bytes", left)
+    heads, dim = config.num_key_value_heads, config.head_dim
+    for layer in range(10):
+        cache.update(torch.zeros(1, heads, 3, dim), torch.zeros(1, heads, 3, dim), layer)
+    assert cache.get_seq_length() == 3
+
+
 def test_what_does_not_fit_is_refused_before_it_is_taken():
     model = tiny_llama()
     cache = PreallocatedCache(model.config, 10**12)
