@@ -106,6 +106,11 @@ def test_changes_and_mistakes_are_named(tmp_path):
         read_config(recipe, ["data.length"])
     with pytest.raises(LongpatchError, match=r"data.streaming=true needs training.max_steps"):
         read_config(recipe, ["data.streaming=true", "training.max_steps=-1"])
+    alone = ["data.prompt_grad=false", "data.pack=false", "model.attention=full"]
+    alone.append("training.per_device_train_batch_size=1")
+    read_config(recipe, alone)
+    with pytest.raises(LongpatchError, match=r"needs training.per_device_eval_batch_size=1"):
+        read_config(recipe, [*alone, "data.validation=books"])
     with pytest.raises(LongpatchError, match="cannot be read"):
         read_config(tmp_path / "none.yaml")
 

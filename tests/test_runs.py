@@ -1,11 +1,13 @@
 """Arms, and runs that end with the same records however they got there."""
 
 import json
+from argparse import Namespace
 
 import pytest
 
 from longpatch import LongpatchError, convert_model
 from longpatch.cli import main
+from longpatch.cli.flags import open_arms
 from longpatch.evaluation.arms import Arm, check_arms, converted_arm, parse_arms
 from longpatch.evaluation.run import Measurement, Run, Sample
 from longpatch.results import read_records
@@ -31,6 +33,11 @@ def test_arms_are_read_from_one_line():
         parse_arms("wrong,truncate:x")
     with pytest.raises(LongpatchError, match=r"arm 'fresh:64'; arm 'original' twice.*truncate:N"):
         check_arms([arms[0], arms[3], arms[6]], ("original", "truncate"), "eval passkey")
+
+
+def test_a_split_model_is_not_measured_by_processes_that_share_out_the_samples():
+    with pytest.raises(LongpatchError, match=r"eval needle: --tp: several processes.*--device-map auto"):
+        open_arms(Namespace(tp=True), None, (), "eval needle")
 
 
 def test_an_arm_is_put_on_and_taken_off():

@@ -161,8 +161,11 @@ def open_arms(arguments: argparse.Namespace, model, kinds: tuple[str, ...], call
     """The model as the flags ask for it, then the baselines.
 
     Raises:
-        LongpatchError: for arms that are none, or none of this evaluation's `kinds`.
+        LongpatchError: for arms that are none, or none of this evaluation's `kinds`; for `--tp`.
     """
+    if arguments.tp:
+        reason = "--tp: several processes share out the samples, and a split model needs all of them for each"
+        raise LongpatchError(call, [reason], "--device-map auto")
     settings = conversion_settings(arguments)
     first = Arm("original") if arguments.no_convert else converted_arm(model, settings)
     arms = [first, *parse_arms(arguments.baseline, {"implementation": arguments.attn})]

@@ -123,8 +123,10 @@ def _contradictions(model: ModelSection, data: DataSection, training: dict[str, 
             reasons.append("data.prompt_grad=false leaves no long stretch for model.attention='shifted'")
         if data.pack:
             reasons.append("data.prompt_grad=false needs rows of their own: data.pack=false")
-        if training.get("per_device_train_batch_size", 8) != 1:
-            reasons.append("data.prompt_grad=false needs training.per_device_train_batch_size=1")
+        stages = {"train": True, "eval": data.validation is not None}
+        for name in [f"per_device_{stage}_batch_size" for stage, used in stages.items() if used]:
+            if training.get(name, 8) != 1:
+                reasons.append(f"data.prompt_grad=false needs training.{name}=1")
     if data.streaming and training.get("max_steps", -1) <= 0:
         reasons.append("data.streaming=true needs training.max_steps")
     if data.streaming and training.get("dataloader_num_workers", 0):
