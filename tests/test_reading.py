@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,13 +141,18 @@ def test_killed_and_resumed_is_the_same_file(ask, tmp_path):
     assert state.exists()
     assert not (tmp_path / "out.jsonl").exists()
     saved = json.loads(state.read_text())
+    shutil.copytree(state.parent, tmp_path / "new.jsonl.state0")  # left behind by a run whose journal is gone
+    spoilt = saved | {"spans": [[n, mean + 1, *rest] for n, mean, *rest in saved["spans"]]}
+    (tmp_path / "new.jsonl.state0" / "state.json").write_text(json.dumps(spoilt))
     assert main([*arguments, "--out", "out.jsonl", "--resume", "--bucket", "500"]) == 2  # another run
     assert main([*arguments, "--out", "out.jsonl", "--resume"]) == 0
     assert main([*arguments, "--out", "whole.jsonl"]) == 0
     whole = read_records(tmp_path / "whole.jsonl")
     assert 0 < saved["read"] < whole[-2]["n"]
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert sorted(path.name for path in tmp_path.glob("*.jsonl*")) == ["out.jsonl", "whole.jsonl"]
+    assert main([*arguments, "--out", "new.jsonl"]) == 0
+    assert (tmp_path / "new.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl*")) == ["new.jsonl", "out.jsonl", "whole.jsonl"]
 
 
 def test_reports_compare_runs(ask, tmp_path, capsys):
