@@ -18,7 +18,7 @@ from longpatch import LongpatchError
 from longpatch.adapter import read_record
 from longpatch.cli import main
 from longpatch.data import Rows, load_rows, pad_right, sources
-from longpatch.data.binary import sidecar, write_binary
+from longpatch.data.binary import read_binary, sidecar, write_binary
 from longpatch.data.documents import Encoder
 from longpatch.data.mixture import Part, choose_rows
 from longpatch.data.settings import DataSection
@@ -438,3 +438,11 @@ def test_the_rows_of_both_recipes_train(tmp_path):
     losses = [step["loss"] for step in history if "loss" in step]
     assert len(losses) == 12
     assert sum(losses[-3:]) < 0.6 * sum(losses[:3])  # six rows, each read four times
+
+
+def test_a_vocabulary_may_leave_numbers_out(tmp_path):
+    """As many words as fit into uint16, the last of them beyond it."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 7, "?": 70_000}, "?")))
+    ids = np.array([0, 7, 70_000])
+    write_binary(tmp_path / "ids.bin", ids, tokenizer)
+    assert read_binary(tmp_path / "ids.bin", tokenizer).tolist() == ids.tolist()

@@ -37,7 +37,7 @@ class TokenWriter:
     """
 
     def __init__(self, path: str | Path, tokenizer: Any):
-        self.path, self.vocabulary = Path(path), len(tokenizer)
+        self.path, self.vocabulary = Path(path), vocabulary_of(tokenizer)
         self.tokenizer = fingerprint(tokenizer)
         self.dtype = "uint16" if self.vocabulary <= 2**16 else "uint32"
         self.tokens = 0
@@ -74,6 +74,11 @@ class TokenWriter:
         sidecar(self.path).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
+def vocabulary_of(tokenizer: Any) -> int:
+    """One more than the largest id; some tokenizers leave numbers out."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def write_binary(path: str | Path, ids: np.ndarray, tokenizer: Any) -> None:
     """Write token ids `[n]`."""
     with TokenWriter(path, tokenizer) as writer:
@@ -91,7 +96,7 @@ def read_binary(path: str | Path, tokenizer: Any, described: bool = True) -> np.
         LongpatchError: where the file is not what its description says, was made with another tokenizer, or holds an
             id that is none of the vocabulary.
     """
-    path, vocabulary = Path(path), len(tokenizer)
+    path, vocabulary = Path(path), vocabulary_of(tokenizer)
     if not described and path.is_file() and not sidecar(path).exists():
         if vocabulary > 2**16:
             reason = f"{path} has no description {sidecar(path).name}, and uint16 does not hold {vocabulary} tokens"
