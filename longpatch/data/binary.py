@@ -75,8 +75,8 @@ class TokenWriter:
 
 
 def vocabulary_of(tokenizer: Any) -> int:
-    """One more than the largest id; some tokenizers leave numbers out."""
-    return max(tokenizer.get_vocab().values()) + 1
+    """Ids are less than this; some tokenizers leave numbers out, so that it is more than they have tokens."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
 def write_binary(path: str | Path, ids: np.ndarray, tokenizer: Any) -> None:
