@@ -111,7 +111,7 @@ def bands(x: LambdaInputs, in_backward: bool = False) -> Iterator[Band]:
     With more queries than keys the first ones have no keys at all (left padding was cut off): a band of width 0.
     """
     batch, heads, queries, dim = x.query.shape
-    offset, window = x.key_count - queries, min(x.window, x.key_count)
+    offset, window = x.key_count - queries, min(x.window, max(1, x.key_count))
     size = block_queries(window, x.group)
     mask = _mask(size, window)
     tall = -(-TALL_ROWS // (size * x.group)) * size
