@@ -136,8 +136,10 @@ class PreallocatedCache(Cache):
         count = _cached_layers(config)
         place = None if device is None else torch.device(device)
         at_once = 2 if offloading else count  # layers on the device: the one that runs, and the next
-        layers = [PreallocatedLayer(max_length, min(at_once, count - i), dtype, place) for i in range(count)]
-        super().__init__(layers, offloading=offloading)
+        super().__init__(
+            [PreallocatedLayer(max_length, min(at_once, count - i), dtype, place) for i in range(count)],
+            offloading=offloading,
+        )
 
     @staticmethod
     def memory_bytes(
