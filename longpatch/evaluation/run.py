@@ -175,7 +175,8 @@ class Journal:
         run.out.parent.mkdir(parents=True, exist_ok=True)
         path = run.out.with_name(f"{run.out.name}.part{process}")
         if process >= len(found) or not path.exists():
-            shutil.rmtree(f"{run.out}.state{process}", ignore_errors=True)  # of a run that is not gone on with
+            assert self.state_folder is not None
+            shutil.rmtree(self.state_folder, ignore_errors=True)  # of a run that is not gone on with
             path.write_text(json.dumps(self._identity) + "\n", encoding="utf-8")
         else:
             _drop_cut_line(path)
