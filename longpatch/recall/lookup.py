@@ -1,12 +1,27 @@
 """What recall needs to know of one forward: the same for all layers, computed once."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..rope import ExactRotary, Phase
 from .settings import DEFAULT_DISTANCE, Recall
+
+
+class Limits(NamedTuple):
+    """Tokens from `first` to `last` are what some query may recall, from `all_first` to `all_last` what every one may.
+
+    In every row some query may recall those up to `row_last`.
+    """
+
+    first: int
+    all_first: int
+    all_last: int
+    row_last: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,13 @@ class Lookup:
         distance = default_distance(window) if settings.distance is None else settings.distance
         key_phase, query_phase = rotary.phase(-positions), rotary.phase(distance - positions[:, count - queries :])
         return cls(settings, sinks, possible, starts, first, last, distance, key_phase, query_phase)
+
+    @cached_property
+    def limits(self) -> Limits:
+        """Read from the device once for all layers."""
+        latest = self.last.amax(dim=1)
+        of_all = self.first.min(), self.first.max(), self.last.min(), latest.min(), latest.max()
+        return Limits(*torch.stack(of_all).tolist())
 
     def select(self, rows: Tensor) -> "Lookup":
         """Of some rows."""

@@ -31,11 +31,14 @@ def attend(
     if bias is not None:
         bias = bias.to(dtype).view(1, memory.key_heads, -1, 1, 1)
     longest = max(1, SCORES // _numbers(grouped, lookup))
-    parts = []
-    for start in range(0, query.shape[2], longest):
-        part = grouped[:, :, :, start : start + longest]
-        parts.append(_attend(memory, part, lookup.part(start, start + longest), softcap, bias))
-    out, lse, chosen = parts[0] if len(parts) == 1 else [torch.cat(of, dim=3) for of in zip(*parts, strict=True)]
+    if query.shape[2] <= longest:
+        out, lse, chosen = _attend(memory, grouped, lookup, softcap, bias)
+    else:
+        parts = [
+            _attend(memory, part, lookup.part(number * longest, (number + 1) * longest), softcap, bias)
+            for number, part in enumerate(grouped.split(longest, dim=3))
+        ]
+        out, lse, chosen = (torch.cat(of, dim=3) for of in zip(*parts, strict=True))
     memory.found = chosen, lookup
     return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)
 
@@ -58,7 +61,7 @@ def _numbers(query: Tensor, lookup: Lookup) -> int:
     size, fetched = lookup.settings.block_tokens, lookup.settings.top_k * lookup.settings.block_tokens
     if size == 1:
         return batch * key_heads * group * (1024 + fetched * dim)
-    return batch * key_heads * (group * (int(lookup.last.max()) // size + 1 + fetched) + 2 * fetched * dim)
+    return batch * key_heads * (group * (lookup.limits.last // size + 1 + fetched) + 2 * fetched * dim)
 
 
 def _attend(
@@ -80,7 +83,11 @@ def _attend(
         scores = scores + bias
     lse = scores.logsumexp(dim=-1)
     weights = (scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp()
-    return (weights[..., None, :] @ values).squeeze(-2), lse, chosen
+    if values.shape[2] == 1:  # one choice for all heads of a key head
+        out = (weights.transpose(2, 3) @ values[:, :, 0]).transpose(2, 3)
+    else:
+        out = (weights[..., None, :] @ values).squeeze(-2)
+    return out, lse, chosen
 
 
 def _best_tokens(memory: Memory, query: Tensor, lookup: Lookup) -> tuple[Tensor, Tensor]:
@@ -92,13 +99,12 @@ def _best_tokens(memory: Memory, query: Tensor, lookup: Lookup) -> tuple[Tensor,
     best = query.new_full(shape, -torch.inf)
     tokens = torch.full(shape, -1, device=home)
     longest = max(1024, SCORES // rows[..., 0].numel())
-    oldest, latest = int(first.min()), int(last.max())
-    everywhere = int(first.max()), int(last.min())
-    for start, stop, segment in memory.pieces(oldest, latest, longest):
+    limits = lookup.limits
+    for start, stop, segment in memory.pieces(limits.first, limits.last, longest):
         place = start % SEGMENT_TOKENS
         keys = segment.read("keys", (slice(None), slice(None), slice(place, place + stop - start)), rows.dtype)
         scores = _products(rows, keys).view(*query.shape[:4], -1)
-        if start < everywhere[0] or stop > everywhere[1] + 1:
+        if start < limits.all_first or stop > limits.all_last + 1:
             token = torch.arange(start, stop, device=home)
             hidden = (token < first[..., None]) | (token > last[..., None])
             scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
@@ -110,11 +116,11 @@ def _best_tokens(memory: Memory, query: Tensor, lookup: Lookup) -> tuple[Tensor,
 
 
 def _products(rows: Tensor, keys: Tensor) -> Tensor:
-    """Of `rows` [B, H, n, d] and `keys` [B, H, m, d]: [B, H, n, m].
+    """Of `rows` [..., n, d] and `keys` [..., m, d]: [..., n, m].
 
     Few rows, as in a decode step, go on the right: a CPU then takes less than half the time.
     """
-    return rows @ keys.mT if rows.shape[2] > 16 else (keys @ rows.mT).mT
+    return rows @ keys.mT if rows.shape[-2] > 16 else (keys @ rows.mT).mT
 
 
 @torch.no_grad()
@@ -125,16 +131,19 @@ def _best_blocks(memory: Memory, query: Tensor, lookup: Lookup) -> Tensor:
     block's worth is the sum over the heads. A head that knows what it seeks has its way, one that does not hardly
     counts.
     """
-    size, k = lookup.settings.block_tokens, lookup.settings.top_k
-    first, last = lookup.first // size, lookup.last // size
-    start, representatives = memory.representatives(int(last.max()) + 1, int(last.amax(dim=1).min()) + 1, query)
+    size, k, limits = lookup.settings.block_tokens, lookup.settings.top_k, lookup.limits
+    start, representatives = memory.representatives(limits.last // size + 1, limits.row_last // size + 1, query)
     signed = torch.cat((query.clamp_min(0), query.clamp_max(0)), dim=-1)
-    block = torch.arange(start, start + representatives.shape[2], device=query.device)
-    hidden = (block < first[..., None]) | (block > last[..., None])  # [B or 1, q, blocks]
     scores = _products(signed.flatten(2, 3), representatives).view(*query.shape[:4], -1)
-    worth = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(dim=-1).sum(dim=2)
-    worth = worth.masked_fill(hidden[:, None], -torch.inf)
-    value, chosen = worth.topk(min(k, len(block)), dim=-1)
+    blocks = scores.shape[-1]
+    if start < limits.all_first // size or start + blocks - 1 > limits.all_last // size:
+        block = torch.arange(start, start + blocks, device=query.device)
+        hidden = (block < lookup.first[..., None] // size) | (block > lookup.last[..., None] // size)
+        scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
+        worth = scores.softmax(dim=-1).sum(dim=2).masked_fill(hidden[:, None], -torch.inf)
+    else:
+        worth = scores.softmax(dim=-1).sum(dim=2)
+    value, chosen = worth.topk(min(k, blocks), dim=-1)
     return pad((chosen + start).masked_fill(value.isneginf(), -1), (0, k - value.shape[-1]), value=-1)
 
 
@@ -150,7 +159,7 @@ def _block_tokens(memory: Memory, query: Tensor, blocks: Tensor, lookup: Lookup)
         for name in ("keys", "values")
     )
     tokens = _tokens_of(blocks[:, :, None], lookup)
-    scores = torch.einsum("bhgqd,bhqtd->bhgqt", query, keys)
+    scores = _products(query.transpose(2, 3), keys).transpose(2, 3)
     return scores.masked_fill(tokens < 0, -torch.inf), tokens, values[:, :, None]
 
 
