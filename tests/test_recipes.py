@@ -111,6 +111,19 @@ def test_changes_and_mistakes_are_named(tmp_path):
     read_config(recipe, alone)
     with pytest.raises(LongpatchError, match=r"needs training.per_device_eval_batch_size=1"):
         read_config(recipe, [*alone, "data.validation=books"])
+    for change, reason in (
+        ("rope={method: linear}", "rope.method='linear' needs a factor or a target_length"),
+        ("rope={method: longrope, factor: 4, long_factor: [a]}", r"rope.long_factor=\['a'\]"),
+        ("rope={method: yarn, target_length: 512, original_length: 1024}", "rope.target_length=512 is less than"),
+        ("rope={factor: 2}", "rope.method or theta is missing"),
+    ):
+        with pytest.raises(LongpatchError, match=reason):
+            read_config(recipe, [change])
+    stretched = read_config(recipe, ["rope={method: longrope, target_length: 1024, long_factor: [1, 2.5]}"]).rope
+    assert stretched.arguments() == {"method": "longrope", "target_length": 1024, "long_factor": [1, 2.5]}
+    for method in ("dynamic", "longrope"):
+        with pytest.raises(LongpatchError, match=f"caches keys, which rope.method='{method}' outdates"):
+            read_config(recipe, [*alone, f"rope={{method: {method}, factor: 4}}"])
     with pytest.raises(LongpatchError, match="cannot be read"):
         read_config(tmp_path / "none.yaml")
 

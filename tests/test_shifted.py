@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from longpatch import LongpatchError, convert_model
 from longpatch.finetune.shifted import shift_attention, shifted_attention
@@ -70,6 +70,8 @@ def test_attention_is_full_outside_of_training():
         model(ids, attention_mask=mask)
     right = mask.flip(1)
     torch.testing.assert_close(model(ids, attention_mask=right).logits, model(ids).logits)
+    wider = shift_attention(model, 0.5)  # anew, instead of the first
+    wider.undo()
     changes.undo()
     assert torch.equal(model(ids).logits, before)
 
@@ -79,4 +81,12 @@ def test_models_it_cannot_shift_are_refused():
         shift_attention(convert_model(tiny_llama(), 16, 2))
     with pytest.raises(LongpatchError, match=r"is a|does not use"):
         shift_attention(torch.nn.Linear(2, 2))
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16, "vocab_size": 9}
+    shape |= {"num_key_value_heads": 2, "intermediate_size": 32, "num_local_experts": 2, "pad_token_id": 0}
+    for family, reason in (("gpt_oss", "learned sinks"), ("gemma2", "attn_logit_softcapping")):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
+        before = model.config._attn_implementation
+        with pytest.raises(LongpatchError, match=reason):
+            shift_attention(model)
+        assert model.config._attn_implementation == before
     shift_attention(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2)))

@@ -57,7 +57,7 @@ class TrainConfig:
             training = {name: _as_meant(name, value) for name, value in training.items()}
         reasons += training_reasons(training)
         if not reasons:
-            reasons += _contradictions(built["model"], built["data"], training)
+            reasons += _contradictions(built["model"], built["data"], built["rope"], training)
         if reasons:
             raise LongpatchError(CALL, reasons, f"the sections {', '.join(sorted(known))}; see docs/extending.md")
         return cls(**built, training=training, output=str(output))
@@ -114,13 +114,15 @@ def _section(name: str, section: type, values: Any, reasons: list[str]) -> Any:
     return built
 
 
-def _contradictions(model: ModelSection, data: DataSection, training: dict[str, Any]) -> list[str]:
+def _contradictions(model: ModelSection, data: DataSection, rope: RopeSection, training: dict[str, Any]) -> list[str]:
     reasons = []
     if not data.prompt_grad:
         if training.get("gradient_checkpointing"):
             reasons.append("data.prompt_grad=false caches the prompt, which gradient_checkpointing forbids")
         if model.attention == "shifted":
             reasons.append("data.prompt_grad=false leaves no long stretch for model.attention='shifted'")
+        if rope.method in ("dynamic", "longrope") and model.attention != "lambda":
+            reasons.append(f"data.prompt_grad=false caches keys, which rope.method={rope.method!r} outdates")
         if data.pack:
             reasons.append("data.prompt_grad=false needs rows of their own: data.pack=false")
         stages = {"train": True, "eval": data.validation is not None}

@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..errors import at_least, is_number
-from ..interpolation import METHODS
+from ..errors import LongpatchError, at_least, is_number
+from ..interpolation import Interpolation
 
 QUANTIZATIONS = ("nf4", "int8", "none")
 ATTENTIONS = ("full", "shifted", "lambda")
@@ -60,12 +60,21 @@ class RopeSection:
     theta: float | None = None
     target_length: int | None = None
     original_length: int | None = None
+    long_factor: list[float] | None = None
 
     def reasons(self) -> list[str]:
-        if self.method is not None and self.method not in METHODS:
-            return [f"method={self.method!r} must be one of {', '.join(METHODS)}"]
-        if self.arguments() and self.method is None and self.theta is None:
+        """As `interpolate_rope` has them, as far as the model, which is not there yet, does not matter."""
+        if not self.arguments():
+            return []
+        if self.method is None and self.theta is None:
             return ["method or theta is missing"]
+        given = asdict(self)
+        if self.original_length is None:  # the model's own, which is not known yet
+            given["original_length"] = max(1, self.target_length) if isinstance(self.target_length, int) else 1
+        try:
+            Interpolation.create(**given)
+        except LongpatchError as error:
+            return error.reasons
         return []
 
     def arguments(self) -> dict[str, Any]:

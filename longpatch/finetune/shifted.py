@@ -16,8 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..changes import Changes, rebind_config
-from ..convert import unwrap
+from ..changes import SHIFTED, Changes, position_config, rebind_config
+from ..convert import unconverted, unwrap
 from ..errors import LongpatchError
 
 NAME = "longpatch_shifted"
@@ -54,7 +54,28 @@ def shifted_attention(
     return torch.cat((grouped(*first), torch.cat((early, late), dim=2)), dim=1)
 
 
-def shift_attention(model: Any, group: float = 0.25) -> Changes:
+class Shift(Changes):
+    """Shifted attention of one model; below a conversion, above an interpolation, whichever came first."""
+
+    def __init__(self, model: Any, group: float):
+        super().__init__()
+        self.model, self.group = model, group
+        self.redo()
+
+    def redo(self) -> None:
+        rebind_config(self.model, copy.deepcopy(self.model.config), self)
+        self.model.set_attn_implementation(NAME)
+        for module in self.model.modules():
+            if "layer_idx" in vars(module):
+                self.set(module, "shifted_group", self.group)
+        self.set(self.model, SHIFTED, self)
+
+    def undo(self) -> None:
+        with unconverted(self.model):
+            super().undo()
+
+
+def shift_attention(model: Any, group: float = 0.25) -> Shift:
     """Let a model attend by shifted groups while it is in training mode, and fully otherwise; in place.
 
     Args:
@@ -64,25 +85,27 @@ def shift_attention(model: Any, group: float = 0.25) -> Changes:
         The changes, whose `undo()` takes this back.
 
     Raises:
-        LongpatchError: for models whose attention does not go through `AttentionInterface`.
+        LongpatchError: for models whose attention scaled_dot_product_attention does not compute: those that do not go
+            through `AttentionInterface`, and those with learned sinks or a softcap.
     """
     causal = unwrap(model)
-    reasons = []
+    name, reasons = type(causal).__name__, []
     if not isinstance(causal, PreTrainedModel) or not causal._can_set_attn_implementation():
-        reasons.append(f"{type(causal).__name__} does not use the attention interface of transformers")
-    elif getattr(causal, "longpatch", None) is not None:
-        reasons.append("the model is converted to Λ-attention")
+        reasons.append(f"{name} does not use the attention interface of transformers")
+    else:
+        if not causal._supports_sdpa:
+            reasons.append(f"{name} cannot use attn_implementation='sdpa' (learned sinks or a softcap, mostly)")
+        if getattr(position_config(causal.config), "attn_logit_softcapping", None) is not None:
+            reasons.append(f"{name} has a softcap on its scores (attn_logit_softcapping)")
+        if getattr(causal, "longpatch", None) is not None:
+            reasons.append("the model is converted to Λ-attention")
     if reasons:
         raise LongpatchError("shift_attention", reasons, "unconverted models that support attn_implementation='sdpa'")
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    changes = Changes()
-    rebind_config(causal, copy.deepcopy(causal.config), changes)
-    causal.set_attn_implementation(NAME)
-    for module in causal.modules():
-        if "layer_idx" in vars(module):
-            changes.set(module, "shifted_group", group)
-    return changes
+    if SHIFTED in vars(causal):
+        vars(causal)[SHIFTED].undo()
+    return Shift(causal, group)
 
 
 def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any):
@@ -90,8 +113,6 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     sliding = kwargs.get("sliding_window") is not None  # short-sighted as it is
     if not module.training or sliding or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if kwargs.get("softcap") is not None:
-        raise LongpatchError("shift_attention", [f"softcap={kwargs['softcap']} in attention"])
     if attention_mask is not None and not attention_mask.diagonal(dim1=-2, dim2=-1)[..., 0].all():
         raise LongpatchError("shift_attention", ["left padding"], "right padding, in training")
     share = module.shifted_group

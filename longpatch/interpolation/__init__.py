@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..changes import Changes, position_config
+from ..changes import position_config, unshifted
 from ..convert import unconverted, unwrap
 from ..errors import LongpatchError
 from .apply import MARKER, apply, reasons_against, unapply
@@ -13,7 +13,7 @@ from .settings import METHODS, Interpolation
 
 Model = TypeVar("Model", bound=nn.Module)
 
-__all__ = ["METHODS", "Interpolation", "interpolate_rope", "revert_rope"]
+__all__ = ["MARKER", "METHODS", "Interpolation", "interpolate_rope", "revert_rope"]
 
 
 def interpolate_rope(
@@ -29,8 +29,8 @@ def interpolate_rope(
     """Stretch the positions of a model of transformers, or a PeftModel around one, in place.
 
     A model that is interpolated already is interpolated anew, from what it was before; a converted one stays converted.
-    The settings are saved in config.json. transformers applies them by itself when it loads the model; where its model
-    class cannot (GPT-J), `interpolate_rope(model)` takes them up again.
+    The settings are saved in config.json, and taken up again by what loads a MODEL here. transformers alone applies the
+    frequencies, except for GPT-J; `interpolate_rope(model)`, with no argument, then does the rest.
 
     Args:
         method: "linear", "ntk", "dynamic", "yarn", "longrope", "llama3", or "none": positions extended, nothing
@@ -51,7 +51,7 @@ def interpolate_rope(
     causal = unwrap(model)
     reasons = reasons_against(causal)
     if reasons:
-        raise LongpatchError("interpolate_rope", reasons, "decoders with rotary embeddings, GPT-J, and MPT")
+        raise LongpatchError("interpolate_rope", reasons, "decoders with rotary embeddings, GPT-J, CodeGen, and MPT")
     config = position_config(causal.config)
     marker = getattr(config, MARKER, None) or {}
     if all(value is None for value in (method, factor, theta, target_length, original_length, long_factor)) and marker:
@@ -60,15 +60,18 @@ def interpolate_rope(
         before: dict[str, Any] = marker.get("before", {})
         length = original_length or before.get("length") or _length(config)
         settings = Interpolation.create(method, factor, theta, target_length, length, long_factor)
-    with unconverted(causal):
-        previous = getattr(causal, "longpatch_rope", None)
+    with unconverted(causal), unshifted(causal):
         revert_rope(causal)
         try:
             apply(causal, settings)
-        except LongpatchError:
-            if isinstance(previous, Changes) or marker:
+        except Exception as error:
+            if marker:
                 apply(causal, Interpolation.create(**marker["settings"]))
-            raise
+            if isinstance(error, LongpatchError):
+                raise
+            # Some families allow few methods, and their configs say so with errors of their own.
+            reason = f"{config.model_type} does not take method={settings.method!r}: {' '.join(str(error).split())}"
+            raise LongpatchError("interpolate_rope", [reason], "method 'ntk' or 'none', and theta") from error
     return model
 
 
@@ -76,7 +79,7 @@ def revert_rope(model: Model) -> Model:
     """Undo `interpolate_rope`, bit for bit, also on a model that was saved interpolated. Returns the same instance."""
     causal = unwrap(model)
     if getattr(position_config(getattr(causal, "config", None)), MARKER, None) is not None:
-        with unconverted(causal):
+        with unconverted(causal), unshifted(causal):
             unapply(causal)
     return model
 

@@ -14,18 +14,19 @@ from .settings import Interpolation
 from .stale import refuse_stale_keys
 
 MARKER = "longpatch_rope"  # in the config; and on the instance, where the changes are remembered
-LENGTHS = {"mpt": "max_seq_len", "gptj": "n_positions"}
+LENGTHS = {"mpt": "max_seq_len", "gptj": "n_positions", "codegen": "n_positions"}
+TABLES = ("gptj", "codegen")  # families that keep the sines and cosines of all positions
 GPTJ_THETA = 10_000.0
 
 
 def rotary_modules(model: nn.Module) -> dict[str, Any]:
-    """Modules that compute rotary phases of the text decoder, by name."""
+    """Modules that compute rotary phases of the text decoder's full attention from its own config, by name."""
     config = position_config(model.config)
     return {
         name: module
         for name, module in model.named_modules()
         if "inv_freq" in module._buffers or "full_attention_inv_freq" in module._buffers
-        if vars(module).get("config") in (config, model.config)
+        if any(vars(module).get("config") is own for own in (config, model.config))
     }
 
 
@@ -36,8 +37,9 @@ def reasons_against(model: Any) -> list[str]:
     config = position_config(model.config)
     if config.model_type in LENGTHS:
         return []
-    if getattr(config, "rope_parameters", None) is None:
-        return [f"architecture {config.model_type!r} has no rotary embedding"]
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is None:
+        return [f"architecture {config.model_type!r} has no rope_parameters, from which frequencies would follow"]
     return []
 
 
@@ -55,7 +57,7 @@ def apply(model: Any, settings: Interpolation) -> None:
         rebind_config(model, own, changes)
         if config.model_type == "mpt":
             _extend_alibi(model, settings, changes)
-        elif config.model_type == "gptj":
+        elif config.model_type in TABLES:
             _replace_tables(model, settings, changes)
         else:
             _set_parameters(model, settings)
@@ -82,7 +84,7 @@ def unapply(model: Any) -> None:
     rebind_config(model, own, Changes())
     if config.model_type == "mpt":
         _extend_alibi(model, Interpolation.create("none", 1, None, None, before["length"]), Changes())
-    elif config.model_type == "gptj":
+    elif config.model_type in TABLES:
         _replace_tables(model, Interpolation.create("none", 1, None, None, before["length"]), Changes())
     else:
         config.rope_parameters = before["rope_parameters"]
@@ -92,17 +94,32 @@ def unapply(model: Any) -> None:
 def _set_parameters(model: Any, settings: Interpolation) -> None:
     config = position_config(model.config)
     parameters = config.rope_parameters
-    modules = list(rotary_modules(model).values())
-    if not modules:
-        raise LongpatchError("interpolate_rope", [f"no rotary module found in {type(model).__name__}"])
+    modules = rotary_modules(model)
     nested = "rope_type" not in parameters
     # Layers that slide never see far: only those with full attention are interpolated.
     kind = "full_attention" if nested else None
+    reasons = [
+        f"{name} computes its frequencies from a config of its own"
+        for name, module in model.named_modules()
+        if "inv_freq" in module._buffers and name not in modules
+        if type(vars(module).get("config")) is type(config)
+    ]
+    if nested and not parameters.get(kind):
+        kinds = ", ".join(name for name, value in parameters.items() if value)
+        reasons.append(f"{config.model_type} has frequencies for layers of type {kinds} alone")
+    elif not modules:
+        reasons.append(f"{type(model).__name__} has no rotary module for layers with full attention")
+    if reasons:
+        raise LongpatchError("interpolate_rope", reasons, "models with one table of frequencies for all such layers")
     current = parameters[kind] if kind else parameters
     if settings.method not in ("none", "ntk") and current["rope_type"] != "default":
         reason = f"method={settings.method!r} on positions that are scaled already (rope_type {current['rope_type']!r})"
         raise LongpatchError("interpolate_rope", [reason], "method 'none' or 'ntk', and theta, for such a model")
-    frequencies = getattr(modules[0], f"{kind}_inv_freq" if kind else "inv_freq")
+    by_length = current["rope_type"] in ("dynamic", "longrope")
+    if by_length or (current["rope_type"] != "default" and current.get("factor", 1) is None):
+        reason = f"positions that follow the length of the text already (rope_type {current['rope_type']!r})"
+        raise LongpatchError("interpolate_rope", [reason], "models whose frequencies do not depend on it")
+    frequencies = getattr(next(iter(modules.values())), f"{kind}_inv_freq" if kind else "inv_freq")
     changed = settings.rope_parameters(current, 2 * frequencies.shape[-1])
     config.rope_parameters = parameters | {kind: changed} if kind else changed
     config.validate_rope()

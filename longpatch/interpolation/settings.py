@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import LongpatchError
+from ..errors import LongpatchError, is_number
 
 METHODS = ("none", "linear", "ntk", "dynamic", "yarn", "longrope", "llama3")
 SUPPORTED = f"method one of {', '.join(METHODS)} with a factor or a target_length, and/or theta"
@@ -48,7 +48,7 @@ class Interpolation:
         if method is not None and method not in METHODS:
             reasons.append(f"method={method!r} is unknown")
         for name, value, least in (("factor", factor, 1), ("theta", theta, 1)):
-            if value is not None and not (_is_number(value) and least <= value < math.inf):
+            if value is not None and not (is_number(value) and least <= value < math.inf):
                 reasons.append(f"{name}={value!r} must be a number of at least {least}")
         for name, value in (("target_length", target_length), ("original_length", original_length)):
             if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value > 0):
@@ -59,11 +59,19 @@ class Interpolation:
             reasons.append(f"factor={factor!r} is given without a method")
         if long_factor is not None and method != "longrope":
             reasons.append(f"long_factor belongs to method='longrope', not {method!r}")
+        if long_factor is not None and not (
+            isinstance(long_factor, Sequence)
+            and len(long_factor)
+            and all(is_number(value) and 0 < value < math.inf for value in long_factor)
+        ):
+            reasons.append(f"long_factor={long_factor!r} must be a list of numbers above 0")
         if not reasons:
             if factor is None:
                 factor = max(1, math.ceil((target_length or original_length) / original_length))
             if target_length is None:
                 target_length = math.floor(factor * original_length)
+            if target_length < original_length:
+                reasons.append(f"target_length={target_length} is less than the original {original_length}")
             if method is not None and target_length > factor * original_length:
                 reasons.append(
                     f"target_length={target_length} is more than factor={factor} times the original {original_length}"
@@ -120,7 +128,3 @@ class Interpolation:
         if marker["method"] is None:
             marker["factor"] = None
         return {name: list(value) if isinstance(value, tuple) else value for name, value in marker.items()}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
