@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from .adapter import base_name, is_adapter, load_adapter
+from .adapter import adapter_folder, base_name, load_adapter
 from .changes import position_config
 from .convert import convert_model
 from .errors import LongpatchError
@@ -108,8 +108,13 @@ def _reported(name: str) -> Iterator[None]:
         raise LongpatchError("load_model", [f"{name!r} does not load: {kind}{first_line}"], SUPPORTED) from error
 
 
+def _adapter(name: str) -> Path | None:
+    return None if name in ("demo", "smollm2") or name.endswith(".gguf") else adapter_folder(name)
+
+
 def _base(name: str) -> str:
-    return base_name(name) if is_adapter(name) else name
+    folder = _adapter(name)
+    return name if folder is None else base_name(folder)
 
 
 def _locate(name: str) -> tuple[str, dict[str, str]]:
@@ -132,7 +137,8 @@ def _load(name: str, dtype: torch.dtype, adapter, device_map, quantization: str,
         options["device_map"] = device_map
     if tensor_parallel:
         options["distributed_config"] = DistributedConfig(tp_plan="auto")
-    folder, file = _locate(_base(name))
+    own = _adapter(name)
+    folder, file = _locate(name if own is None else base_name(own))
     if quantization == "none":
         model = _from_gguf(folder, file, options) if file else _from_folder(folder, options)
     else:
@@ -144,8 +150,9 @@ def _load(name: str, dtype: torch.dtype, adapter, device_map, quantization: str,
             model = _from_folder(unpacked if file else folder, options)
     if getattr(position_config(model.config), MARKER, None) is not None:
         interpolate_rope(model)  # what transformers does not do by itself, as GPT-J's table
-    for top in ([name] if is_adapter(name) else []) + ([adapter] if adapter is not None else []):
-        model = load_adapter(model, top).eval()
+    for top in (own, adapter):
+        if top is not None:
+            model = load_adapter(model, top).eval()
     return model
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from longpatch import LongpatchError
-from longpatch.adapter import write_record
+from longpatch.adapter import read_record, write_record
 from longpatch.cli import main
 from longpatch.demo import load
 from longpatch.finetune import read_config
@@ -60,6 +60,10 @@ def test_merged_is_base_and_adapter(case, tmp_path, capsys):
     assert rope["rope_theta"] == 5e5 if case == "theta" else rope["rope_type"] == "linear"
     assert alone.config.max_position_embeddings == 128
     assert "base + adapter, unquantised: logits differ by" in printed
+    record = read_record(adapter)
+    write_record(adapter, record | {"base": "another"})
+    with pytest.warns(UserWarning, match=f"was trained on another, and is merged into {base}"):
+        merge(base, adapter, tmp_path / "again", quantized_gap=False)
     assert ("base in nf4 + adapter" in printed) == (case == "nf4")
     with pytest.raises(LongpatchError, match="holds a model already"):
         merge(base, adapter, merged)
@@ -80,7 +84,7 @@ def test_the_stored_dtype_is_kept_and_the_sum_is_in_float32(tmp_path):
 
 def test_the_demo_is_merged_too(tmp_path):
     _, tokenizer = load()
-    config = write_config(tmp_path, "adapter", model={"name": "demo"})
+    config = write_config(tmp_path, "adapter", model={"name": "demo"}, rope={"target_length": 512})
     tmp_path.joinpath("book.txt").write_text("It was a dark and stormy night. " * 20)
     model, _ = prepare_model(read_config(config))
     model.save_pretrained(tmp_path / "adapter")

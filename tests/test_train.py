@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from longpatch import LongpatchError
-from longpatch.adapter import load_adapter, read_record
+from longpatch.adapter import _fetched, load_adapter, read_record
 from longpatch.cli import main
 from longpatch.demo import load
 from longpatch.finetune import read_config, train
@@ -110,6 +110,50 @@ def test_a_lost_norm_is_not_forgotten_silently(folder, tmp_path):
     with pytest.raises(LongpatchError, match=r"lacks the trained model.layers.1.input_layernorm"):
         load_adapter(base, tmp_path)
     assert base.config.rope_parameters["rope_type"] == "default"
+
+
+def test_a_lost_lora_weight_is_not_forgotten_silently(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for name in ("adapter_config.json", "longpatch.json"):
+        (tmp_path / name).write_text((folder / "run" / name).read_text())
+    weights = load_file(folder / "run" / "adapter_model.safetensors")
+    weights.pop(next(name for name in weights if "layers.1.mlp.up_proj.lora_B" in name))
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    base, tokenizer = load_model(str(folder / "base"))
+    ids = torch.tensor([tokenizer.encode(WORDS)])
+    before = base(ids).logits
+    with pytest.raises(LongpatchError, match=r"lacks the trained model.layers.1.mlp.up_proj.lora_B"):
+        load_adapter(base, tmp_path)
+    assert base.config.rope_parameters["rope_type"] == "default"
+    assert torch.equal(base(ids).logits, before)
+
+
+def test_an_adapter_of_the_hub_is_stretched_and_checked_as_a_folder_is(folder, monkeypatch):
+    def fetch(name, allow_patterns):
+        assert name == "user/adapter"
+        assert "longpatch.json" in allow_patterns
+        return str(folder / "run")
+
+    found = {"user/adapter": "adapter_config.json"}
+    monkeypatch.setattr("longpatch.adapter.find_adapter_config_file", found.get)
+    monkeypatch.setattr("longpatch.adapter.snapshot_download", fetch)
+    _fetched.cache_clear()
+    expected, tokenizer = load_model(str(folder / "run"))
+    ids = torch.tensor([tokenizer.encode(WORDS)])
+    for model, _ in (load_model("user/adapter"), load_model(str(folder / "base"), adapter="user/adapter")):
+        assert model.get_base_model().config.rope_parameters["rope_type"] == "linear"
+        assert torch.equal(model(ids).logits, expected(ids).logits)
+    with pytest.raises(LongpatchError, match=r"user/other holds no adapter_config.json"):
+        load_adapter(load_model(str(folder / "base"))[0], "user/other")
+    _fetched.cache_clear()
+
+
+def test_an_adapter_is_no_base_to_train_on(folder):
+    config = write_config(folder, "second", model={"name": str(folder / "run")})
+    with pytest.raises(LongpatchError, match=r"run' is an adapter; `longpatch merge`"):
+        read_config(config)
+    assert main(["train", "--estimate", str(config)]) == 2
 
 
 def test_a_killed_run_goes_on_with_the_same_losses(folder):

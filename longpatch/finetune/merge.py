@@ -1,5 +1,6 @@
 """An adapter becomes part of the model that it was trained on."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ def merge(base: str, adapter: str | Path, out: str | Path, quantized_gap: bool =
     """
     if (Path(out) / "config.json").exists():
         raise LongpatchError("merge", [f"{out} holds a model already"], "a new folder")
+    trained_on = read_record(adapter).get("base", base)
+    if not _same(base, trained_on):
+        warnings.warn(f"{adapter} was trained on {trained_on}, and is merged into {base}", stacklevel=2)
     model, tokenizer = load_model(base, torch.float32)
     stored = stored_dtype(base)
     model = load_adapter(model, adapter).eval()
@@ -60,6 +64,10 @@ def merge(base: str, adapter: str | Path, out: str | Path, quantized_gap: bool =
         quantised = load_adapter(load_model(base, torch.float32, quantization=kind)[0], adapter).eval()
         gaps.append(gap(f"base in {kind} + adapter", actual, _logits(quantised, ids)))
     return gaps
+
+
+def _same(first: str, second: str) -> bool:
+    return first == second or Path(first).resolve() == Path(second).resolve()
 
 
 def stored_dtype(name: str) -> torch.dtype:

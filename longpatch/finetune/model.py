@@ -7,6 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from torch import nn
 
 from ..convert import convert_model
+from ..errors import LongpatchError
 from ..interpolation import interpolate_rope
 from ..models import load_model
 from .config import TrainConfig
@@ -19,6 +20,10 @@ def prepare_model(config: TrainConfig) -> tuple[PeftModel, Any]:
     """`(model, tokenizer)` ready for the Trainer, as `config` asks for."""
     section = config.model
     model, tokenizer = load_model(section.name, getattr(torch, section.dtype), quantization=section.quantization)
+    if isinstance(model, PeftModel):
+        raise LongpatchError(
+            "train", [f"model.name={section.name!r} is an adapter"], "what `longpatch merge` makes of it"
+        )
     if config.rope.arguments():
         interpolate_rope(model, **config.rope.arguments())
     if section.attention == "lambda":

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ..adapter import is_adapter
 from ..errors import LongpatchError, at_least, is_number
 from ..interpolation import Interpolation
 
@@ -45,6 +46,8 @@ class ModelSection:
         ]
         if not isinstance(self.name, str):
             reasons.append(f"name={self.name!r} must be a model's name")
+        elif is_adapter(self.name):
+            reasons.append(f"name={self.name!r} is an adapter; `longpatch merge` first makes a model of it")
         group = self.group
         if not is_number(group) or not (0 < group < 1 or (group >= 2 and group == int(group))):
             reasons.append(f"group={group!r} must be a share below 1 or a number of tokens of at least 2")
