@@ -185,6 +185,20 @@ def test_long_conversations_are_dropped_long_texts_cut_and_both_counted(tmp_path
     assert (stream.counts[0].long, stream.counts[0].cut) == (2, 1)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bos_takes_no_answer_its_end(tmp_path, tokenizer, streaming):
+    path = write(tmp_path / "rows.jsonl", [{"input": WORDS * 10, "output": "Yes."}, {"input": "Who?", "output": "I."}])
+    (long, short) = load_rows(path, section(pack=False, length=500), tokenizer)
+    size = len(long["input_ids"])
+    for length, kept in ((size + 1, long), (size, short)):
+        rows = load_rows(path, section(pack=False, bos=True, length=length), tokenizer, streaming=streaming)
+        row = next(iter(rows))
+        assert row["labels"][-1] == kept["labels"][-1] == tokenizer.eos_token_id
+        assert len(row["input_ids"]) <= length
+        assert torch.equal(row["input_ids"][-len(kept["input_ids"]) :], kept["input_ids"])
+        assert rows.counts[0].long == (kept is short)
+
+
 def test_a_mixture_takes_what_it_says_of_each_part(tmp_path, tokenizer):
     for name in "abc":
         write(tmp_path / f"{name}.jsonl", [{"text": f"{name} {number}."} for number in range(20)])

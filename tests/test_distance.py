@@ -34,6 +34,13 @@ def test_a_window_of_16_uses_nothing_beyond_it():
         assert found[way, 32] < 1e-5
 
 
+def test_only_the_logits_that_count_are_made():
+    model, shapes = tiny_llama(num_hidden_layers=1), set()
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: shapes.add(logits.shape[1]))
+    costs(model)
+    assert shapes == {SCORED + 1}
+
+
 def test_full_attention_uses_all():
     assert min(costs(tiny_llama(num_hidden_layers=1)).values()) > 1e-3
 

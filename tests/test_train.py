@@ -1,6 +1,7 @@
 """A training run from a YAML file: it learns, stops, goes on, and leaves an adapter that needs nothing else said."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from longpatch.adapter import _fetched, load_adapter, read_record
 from longpatch.cli import main
 from longpatch.demo import load
 from longpatch.finetune import read_config, train
+from longpatch.finetune.run import last_checkpoint
 from longpatch.models import load_model
 from tests.processes import environment
 from tests.tiny import tiny_llama
@@ -159,15 +161,19 @@ def test_an_adapter_is_no_base_to_train_on(folder):
 def test_a_killed_run_goes_on_with_the_same_losses(folder):
     config = write_config(folder, "killed", steps=6)
     process = longpatch_train(config)
-    while not (folder / "killed" / "checkpoint-4" / "longpatch.json").exists():
+    while last_checkpoint(str(folder / "killed")) != str(folder / "killed" / "checkpoint-4"):
         assert process.poll() is None, process.communicate()[0][-3000:]
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (folder / "killed" / "adapter_model.safetensors").exists()
-    # A checkpoint that the kill cut short is none.
-    (folder / "killed" / "checkpoint-5").mkdir(exist_ok=True)
-    finished(longpatch_train(config, "--resume"))
+    # One that is whole but for our record is one, since older ones may be gone; one that the kill cut short is none.
+    (folder / "killed" / "checkpoint-4" / "longpatch.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / "killed" / "checkpoint-2")
+    cut_short = folder / "killed" / "checkpoint-5"
+    cut_short.mkdir(exist_ok=True)
+    (cut_short / "trainer_state.json").write_text('{"global_')
+    assert "killed/checkpoint-4" in finished(longpatch_train(config, "--resume"))
     assert losses(folder / "killed") == losses(folder / "run")
 
 

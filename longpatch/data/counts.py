@@ -41,7 +41,7 @@ def keep(
     tokens = 0
     for document in documents:
         count, size = counts[document.part], len(document.ids)
-        if document.trained is not None and size > section.length:
+        if document.trained is not None and size > section.room:
             count.long += 1
             if long is not None:
                 long.append(size)
@@ -53,7 +53,7 @@ def keep(
                 continue
             count.documents += 1
             if not section.pack:
-                count.cut += tokens > section.length
+                count.cut += tokens > section.room
                 count.short += tokens < section.min_length
             tokens = 0
         count.tokens += size

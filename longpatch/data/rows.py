@@ -46,8 +46,7 @@ class Rows(Dataset):
             rows = cls.packed(store.tokens, store.trained, section.length, section.min_length, bos)
         else:
             starts = np.concatenate((np.zeros(1, dtype=np.int64), store.ends))[:-1]
-            longest = section.length if bos is None else section.length - 1
-            spans = np.stack((starts, np.minimum(store.ends, starts + longest)), axis=1)
+            spans = np.stack((starts, np.minimum(store.ends, starts + section.room)), axis=1)
             rows = cls(store.tokens, store.trained, spans[store.ends - starts >= section.min_length], bos)
         rows.counts, rows.lengths = store.counts, np.concatenate((np.diff(store.ends, prepend=0), store.long))
         return rows

@@ -41,6 +41,11 @@ class DataSection:
     streaming: bool = False
     prompt_grad: bool = True
 
+    @property
+    def room(self) -> int:
+        """Tokens of one document that a row holds, beside the BOS that a row of its own starts with."""
+        return self.length - (self.bos and not self.pack)
+
     def reasons(self) -> list[str]:
         reasons = at_least(2, length=self.length, min_length=self.min_length) + at_least(1, workers=self.workers)
         reasons += at_least(0, seed=self.seed)

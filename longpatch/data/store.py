@@ -63,7 +63,7 @@ def _key(parts: list[Part], section: DataSection, encoder: Encoder) -> str:
         [part.name, part.cap, part.weight, [[file.name, _digest(file)] for file in find_files(part.path)]]
         for part in parts
     ]
-    settings = [section.length, section.min_length, section.pack, section.seed]
+    settings = [section.room, section.min_length, section.pack, section.seed]
     tokenizer = encoder.tokens.tokenizer
     named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}  # templates write them
     key = [FORMAT, content, settings, encoder.template, fingerprint(tokenizer), sorted(named.items())]

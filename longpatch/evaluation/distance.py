@@ -85,7 +85,8 @@ def distance_losses(
     def loss(ids: Tensor) -> float:
         ids = ids if bos is None else torch.cat((ids.new_tensor([bos]), ids))
         inputs = ids[None].to(model.device)
-        logits = model(input_ids=inputs, use_cache=False).logits[0, -scored - 1 : -1].float()
+        kept = model(input_ids=inputs, use_cache=False, logits_to_keep=scored + 1).logits
+        logits = kept[0, -scored - 1 : -1].float()
         return cross_entropy(logits, inputs[0, -scored:]).item()
 
     yield "full", 0, loss(window)

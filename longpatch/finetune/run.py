@@ -1,12 +1,14 @@
 """One training run, on the Trainer of transformers."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
-from ..adapter import RECORD, write_record
+from ..adapter import write_record
 from ..convert import unwrap
 from ..data import Rows, StreamedRows, load_rows, pad_right
 from ..data.counts import table
@@ -40,6 +42,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         callbacks=[RecordWriter(record, rows)],
     )
     last = last_checkpoint(config.output) if resume else None
+    if resume and trainer.is_world_process_zero():
+        print(f"going on from {last}" if last else f"no whole checkpoint in {config.output}: from the first step")
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model(config.output)
     trainer.save_state()
@@ -52,9 +56,16 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
 
 
 def last_checkpoint(output: str) -> str | None:
-    """The newest complete checkpoint: `longpatch.json` is what is written last, so a killed run's half one has none."""
-    folders = [path.parent for path in Path(output).glob(f"checkpoint-*/{RECORD}")]
-    return str(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))) if folders else None
+    """The newest whole checkpoint: trainer_state.json is what is written last, before older ones are deleted."""
+    folders = sorted(Path(output).glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    return next((str(folder) for folder in reversed(folders) if _is_whole(folder)), None)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return "global_step" in json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
