@@ -45,8 +45,14 @@ class PreallocatedLayer(CacheLayerMixin):
         """Write new keys and values [B, Hkv, n, d] in place; return views of all that is filled.
 
         Raises:
-            LongpatchError: when they do not fit; nothing is written.
+            LongpatchError: when they do not fit, or are of another number of rows; nothing is written.
         """
+        batch = key_states.shape[0]
+        if self.is_initialized and batch != self.keys.shape[0]:
+            if self.length:
+                raise LongpatchError(CALL, [f"{self.keys.shape[0]} rows are held, {batch} are to be added"], "reset()")
+            del self.keys, self.values
+            self.is_initialized = False
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past, total = self.length, self.length + key_states.shape[2]
@@ -113,10 +119,11 @@ class PreallocatedCache(Cache):
         max_length: tokens it can hold.
         dtype: of what is stored; default: what the model computes in. Another one costs a copy at each step.
         device: default: that of each layer.
-        offloading: keep the layers that do not run just now on the CPU.
+        offloading: keep the layers that do not run just now on the CPU; needs an accelerator.
 
     Raises:
-        LongpatchError: when it would not fit into free memory, and when it is full.
+        LongpatchError: when it would not fit into free memory, when it is full, and for another number of rows than it
+            holds; after `reset()` any number will do. A converted model refuses it: it has a cache of its own.
     """
 
     layers: list[PreallocatedLayer]
@@ -131,8 +138,8 @@ class PreallocatedCache(Cache):
     ):
         if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
             raise LongpatchError(CALL, [f"max_length={max_length!r} must be a positive integer"])
-        if getattr(config, "longpatch", None) is not None:
-            raise LongpatchError(CALL, ["the model is converted"], "LambdaCache for converted models")
+        if offloading and not torch.accelerator.is_available():
+            raise LongpatchError(CALL, ["offloading=True on a machine without an accelerator"])
         count = _cached_layers(config)
         place = None if device is None else torch.device(device)
         at_once = 2 if offloading else count  # layers on the device: the one that runs, and the next
@@ -148,9 +155,18 @@ class PreallocatedCache(Cache):
         """What it takes, in bytes: 2 * layers * batch * key_value_heads * max_length * head_dim * bytes_per_number.
 
         `dtype` defaults to the config's, else float32.
+
+        Raises:
+            LongpatchError: for families that cache compressed keys (MLA).
         """
         text: Any = config.get_text_config(decoder=True)
+        if getattr(text, "kv_lora_rank", None) is not None:
+            raise LongpatchError(
+                "memory_bytes", [f"{text.model_type} compresses keys (MLA)"], "keys and values by head"
+            )
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        if text.model_type == "falcon" and text.multi_query and not text.new_decoder_architecture:
+            heads = 1
         dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         number: torch.dtype = dtype or getattr(text, "dtype", None) or torch.float32
         return 2 * _cached_layers(config) * batch * heads * max_length * dim * number.itemsize

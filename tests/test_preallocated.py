@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DynamicCache, FalconConfig
 
 from longpatch import LongpatchError, PreallocatedCache, convert_model, interpolate_rope
 from tests.tiny import random_ids, read_in_chunks, tiny_llama
@@ -153,5 +153,56 @@ def test_what_does_not_fit_is_refused_before_it_is_taken():
     assert not any(layer.is_initialized for layer in cache.layers)
     with pytest.raises(LongpatchError, match="max_length=0"):
         PreallocatedCache(model.config, 0)
-    with pytest.raises(LongpatchError, match="LambdaCache"):
-        PreallocatedCache(convert_model(model, 16, 2).config, 10)
+    if not torch.accelerator.is_available():
+        with pytest.raises(LongpatchError, match="offloading=True"):
+            PreallocatedCache(model.config, 10, offloading=True)
+
+
+@torch.no_grad()
+def test_the_instance_counts_that_is_converted_not_what_was_saved(tmp_path):
+    model, ids = convert_model(tiny_llama(), 16, 2), random_ids(1, 5)
+    with pytest.raises(LongpatchError, match="past_key_values is a PreallocatedCache"):
+        model(ids, past_key_values=PreallocatedCache(model.config, 10))
+    model.save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert plain(ids, past_key_values=PreallocatedCache(plain.config, 10)).past_key_values.get_seq_length() == 5
+
+
+@torch.no_grad()
+def test_another_number_of_rows_needs_a_reset():
+    model = tiny_llama()
+    cache = PreallocatedCache(model.config, 20)
+    model(random_ids(3, 10), past_key_values=cache)
+    held = [layer.keys.clone() for layer in cache.layers]
+    with pytest.raises(LongpatchError, match="3 rows are held, 1 are to be added"):
+        model(random_ids(1, 5), past_key_values=cache)
+    assert [layer.length for layer in cache.layers] == [10, 10]
+    assert all(
+        torch.equal(layer.keys[:, :, :10], before[:, :, :10]) for layer, before in zip(cache.layers, held, strict=True)
+    )
+    cache.reset()
+    logits = model(random_ids(1, 10), past_key_values=cache).logits
+    assert torch.equal(logits, model(random_ids(1, 10), use_cache=False).logits)
+
+
+SHAPE = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+HEADS = {
+    "one": {"multi_query": True},
+    "one for each query": {"multi_query": False},
+    "two, kept for each query": {"num_kv_heads": 2, "new_decoder_architecture": True},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads", HEADS)
+def test_the_formula_of_falcon(heads):
+    model = AutoModelForCausalLM.from_config(FalconConfig(**SHAPE, **HEADS[heads])).eval()
+    cache = PreallocatedCache(model.config, 40)
+    model(random_ids(2, 5), past_key_values=cache)
+    held = sum(layer.keys.untyped_storage().nbytes() for layer in cache.layers)
+    assert held == PreallocatedCache.memory_bytes(model.config, 40, batch=2)
+
+
+def test_there_is_no_formula_for_compressed_keys():
+    with pytest.raises(LongpatchError, match="deepseek_v3 compresses keys"):
+        PreallocatedCache.memory_bytes(DeepseekV3Config(), 40)
