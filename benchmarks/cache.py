@@ -10,7 +10,7 @@ logits are compared before a time is printed. Peak memory is that of a fresh pro
 """
 
 import argparse
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +23,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.training_memory import memory_changes
 from longpatch import PreallocatedCache
+from longpatch.evaluation.memory import peak_bytes, reset_peak
 from longpatch.results import read_records, record, write_records
 
 COMMAND = "benchmarks.cache"
@@ -58,17 +59,19 @@ def memory(kind, tokens, new):
     """Bytes by which filling a cache raised this process's peak; run in a process of its own."""
     config = LlamaConfig(**SHAPE)
     torch.randn(1, config.num_key_value_heads, CHUNK, config.head_dim)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reset_peak()
+    before = peak_bytes()
     cache = make_cache(kind, config, tokens + new)
     fill(cache, config, tokens)
     fill(cache, config, new, count=1)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return peak_bytes() - before
 
 
 def peak_of(kind, arguments):
     command = [sys.executable, "-m", "benchmarks.cache", "--memory", kind]
     command += ["--tokens", str(arguments.tokens), "--new", str(arguments.new)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    on_cpu = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, env=on_cpu).stdout)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import TrainingArguments
 
 from longpatch import LongpatchError
 from longpatch.adapter import _fetched, load_adapter, read_record
@@ -156,6 +157,12 @@ def test_an_adapter_is_no_base_to_train_on(folder):
     with pytest.raises(LongpatchError, match=r"run' is an adapter; `longpatch merge`"):
         read_config(config)
     assert main(["train", "--estimate", str(config)]) == 2
+
+
+def test_several_gpus_need_a_process_each(folder, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda arguments: 2))
+    with pytest.raises(LongpatchError, match=r"2 GPUs are visible to one process.*accelerate launch"):
+        train(read_config(write_config(folder, "gpus")))
 
 
 def test_a_killed_run_goes_on_with_the_same_losses(folder):

@@ -23,8 +23,15 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
 
     Args:
         resume: go on from the newest checkpoint in `config.output`, where there is one.
+
+    Raises:
+        LongpatchError: for arguments that the Trainer does not take, data that cannot be read, a model that cannot be
+            prepared, and one process with several GPUs.
     """
     arguments = training_arguments(config)
+    if arguments.n_gpu > 1:  # the Trainer would copy the model, and a copy's chunked loss would be that of the first
+        reason = f"{arguments.n_gpu} GPUs are visible to one process"
+        raise LongpatchError("train", [reason], "accelerate launch, with a process for each, or CUDA_VISIBLE_DEVICES=0")
     set_seed(arguments.seed)
     data, tokenizer = config.data, load_tokenizer(config.model.name)
     rows = load_rows(data.train, data, tokenizer, streaming=data.streaming)
