@@ -250,17 +250,30 @@ def test_a_hub_data_set_is_streamed_capped_and_comes_last(tmp_path, tokenizer, m
 
     asked = []
     found = Stream({"text": f"h {number}."} for number in range(5))
-    load_dataset = lambda name, split, streaming: asked.append((name, split, streaming)) or found  # noqa: E731
+    load_dataset = lambda name, kind, split, streaming: asked.append((name, kind, split)) or found  # noqa: E731
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     write(tmp_path / "a.jsonl", [{"text": "a 0."}])
     settings = section(pack=False, data_root=str(tmp_path), cache=str(tmp_path / "cache"))
     rows = load_rows(["hub:some/name:test[2]", "a.jsonl"], settings, tokenizer)
     texts = [tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in rows]
     assert texts == ["a 0.", "h 4.", "h 3."]
-    assert asked == [("some/name", "test", True)]
+    assert asked == [("some/name", None, "test")]
+    load_rows(["hub:some/name/en[2]"], settings, tokenizer)
+    assert asked[1:] == [("some/name", "en", "train")]
     found[4] = {"text": 4}
     with pytest.raises(LongpatchError, match=r"hub:some/name:test:0: text=4 must be a string"):
         load_rows(["hub:some/name:test[2]"], settings, tokenizer)
+
+
+def test_a_folder_is_read_through_the_package_itself(tmp_path, tokenizer):
+    pytest.importorskip("datasets", reason="the package datasets is an extra")
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "train.jsonl", [{"text": f"h {number}."} for number in range(5)])
+    rows = load_rows([f"hub:{tmp_path}/set[2]"], section(pack=False), tokenizer)
+    assert len(rows) == 2
+    assert all(tokenizer.decode(row["input_ids"], skip_special_tokens=True).startswith("h ") for row in rows)
+    with pytest.raises(LongpatchError, match=r"set:other cannot be opened"):
+        load_rows([f"hub:{tmp_path}/set:other[2]"], section(pack=False), tokenizer)
 
 
 def test_the_cache_is_read_until_content_or_settings_change(tmp_path, tokenizer, monkeypatch):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from longpatch import LongpatchError
@@ -93,4 +94,6 @@ def test_the_demo_is_merged_too(tmp_path):
     assert gap.divergence < 1e-3
     model, merged_tokenizer = load_model(str(tmp_path / "merged"))
     assert model.dtype == torch.float32
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.float16}  # as BASE's are
     assert merged_tokenizer.encode("A night.") == tokenizer.encode("A night.")

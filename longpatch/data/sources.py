@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..errors import LongpatchError
 
-SUPPORTED = ".txt, .jsonl, a folder of them, a token .bin, or hub:NAME[:SPLIT] with the package datasets"
+SUPPORTED = ".txt, .jsonl, a folder of them, a token .bin, or hub:OWNER/NAME[/CONFIG][:SPLIT] with the package datasets"
 PIECE = 2**18  # characters of a text file that are read at one time
 BREAK = re.compile(r"\n(?=\S)")
 
@@ -132,13 +132,24 @@ def _is_utf8(line: bytes) -> bool:
 
 
 def read_hub(path: str, rows: int | None, seed: int) -> Iterator[Source]:
-    """A data set of the hub as it streams, or `rows` of it, shuffled."""
+    """A data set of the hub as it streams, or `rows` of it, shuffled.
+
+    Raises:
+        LongpatchError: where it cannot be opened, with what the hub says, as of a missing configuration.
+    """
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise LongpatchError("data", [f"{path} needs the package datasets"], "pip install datasets") from error
     name, _, split = path.removeprefix("hub:").partition(":")
-    stream = load_dataset(name, split=split or "train", streaming=True)
+    kind = None
+    if not name.startswith("/") and name.count("/") > 1:
+        owner, dataset, kind = name.split("/", 2)
+        name = f"{owner}/{dataset}"
+    try:
+        stream = load_dataset(name, kind, split=split or "train", streaming=True)
+    except (ValueError, OSError) as error:
+        raise LongpatchError("data", [f"{path} cannot be opened: {' '.join(str(error).split())}"], SUPPORTED) from error
     if rows is not None:
         stream = stream.shuffle(seed=seed)
     for number, row in enumerate(islice(stream, rows)):
