@@ -165,7 +165,7 @@ def test_questions_get_the_best_of_their_references(ask, tmp_path, prompts):
     arguments = ["--new-tokens", "2", "--context-tokens", "20", "--baseline", "constant:A light</Answer> there"]
     found = ask("qa", "demo", "rows.jsonl", *WINDOW, *arguments)
     assert [r["value"] for r in found if r["settings"]["arm"].startswith("constant")] == [1, 1]
-    assert found[-1]["sample"] == {"row": "q"}
+    assert found[-1]["sample"]["row"] == "q"
     _, tokenizer = load()
     ids = tokenizer.encode(STORY * 4, add_special_tokens=False)
     kept = " ".join(tokenizer.decode(part) for part in (ids[:10], ids[-10:]))

@@ -158,6 +158,11 @@ def test_documents(tmp_path, demo):
     assert [d.name for d in found] == ["first", "b.txt", "c.bin"]
     assert torch.equal(found[2].ids(demo[1], 5), ids[:5])
     assert [d.name for d in read_documents([tmp_path], start=1, limit=1)] == ["b.txt"]
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "b.txt").write_text("another two", encoding="utf-8")
+    same = read_documents([tmp_path / "b.txt", tmp_path / "more"])
+    assert [d.identity["document"] for d in same] == ["b.txt"] * 2
+    assert len({d.identity["digest"] for d in [*found, *same]}) == 4
     with pytest.raises(LongpatchError, match="nowhere"):
         read_documents([tmp_path / "nowhere.txt"])
     with pytest.raises(LongpatchError, match="past the last of 3"):

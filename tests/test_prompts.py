@@ -42,6 +42,8 @@ def test_passkeys_are_where_they_were_put(answerer, wording, placement):
         assert placement == "grid" or sample.content["depth"] < 0.5
     again = passkey_samples([200, 300], [0.0, 0.5, 1.0], 2, 7, placement, 0)
     assert [s.identity for s in again] == [s.identity for s in samples]
+    others = passkey_samples([200, 300], [0.0, 0.5, 1.0], 2, 7, placement, 0, "Another filler.")
+    assert not {s.identity["digest"] for s in others} & {s.identity["digest"] for s in samples}
 
 
 def test_a_needle_in_a_haystack(answerer):
@@ -52,6 +54,15 @@ def test_a_needle_in_a_haystack(answerer):
         assert len(ids) == 250
         assert "Dolores Park" in answerer.tokenizer.decode(ids)
         assert abs(depth - sample.settings["depth"]) < 0.25
+
+
+def test_needles_of_other_texts_are_other_samples():
+    def of(*texts, seed=0):
+        return {sample.identity["digest"] for sample in needle_samples([250], [0.0, 1.0], 2, seed, texts)}
+
+    assert len(of("hay", "needle")) == 4
+    assert of("hay", "needle") == of("hay", "needle")
+    assert not of("hay", "needle") & (of("straw", "needle") | of("hay", "pin") | of("hay", "needle", seed=1))
 
 
 def test_filler_is_repeated_and_the_needle_kept_whole():

@@ -111,6 +111,23 @@ def test_a_killed_run_ends_with_the_same_records(tmp_path, killed_at):
     assert read_records(out) == whole
 
 
+def test_a_run_is_not_resumed_on_another_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("A text that is read to its end. " * 4, encoding="utf-8")
+    asked = ["eval", "perplexity", "demo", "text.txt", "--no-convert", "--out", "out.jsonl"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish", interrupted)
+        assert main(asked) == 130
+    text.write_text("A text that is read to its last." * 4, encoding="utf-8")
+    assert main([*asked, "--resume"]) == 2
+    assert "belongs to another run" in capsys.readouterr().err
+
+
+def interrupted(*args):
+    raise KeyboardInterrupt
+
+
 def test_two_processes_give_the_records_of_one(tmp_path):
     """Over gloo, by torchrun: on CPUs `accelerate launch` itself starts several processes by MPI only."""
     (tmp_path / "texts").mkdir()

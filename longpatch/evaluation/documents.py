@@ -1,5 +1,6 @@
 """Texts to read: files, folders, rows of JSON lines, files of token ids."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..data.binary import read_binary
 from ..data.sources import parse_row
 from ..errors import LongpatchError
+from .run import digest
 
 SUPPORTED = "UTF-8 .txt files, .jsonl rows with a text, .bin files of token ids, or folders of these"
 
@@ -22,6 +24,14 @@ class Document:
     name: str
     text: str | None = None
     file: Path | None = None
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Its name, and what tells it from others of that name."""
+        if self.file is None:
+            return {"document": self.name, "digest": digest(self.text)}
+        with self.file.open("rb") as file:
+            return {"document": self.name, "digest": hashlib.file_digest(file, "sha256").hexdigest()[:12]}
 
     def ids(self, tokenizer, limit: int | None = None) -> Tensor:
         """Token ids [n], BOS first where the tokenizer has one; the first `limit` of them.

@@ -18,10 +18,11 @@ def generation_samples(
     samples = []
     for document in documents:
         ids = document.ids(tokenizer, max(positions) + new_tokens)
+        identity = document.identity
         for position in positions:
             if position + new_tokens <= len(ids):
                 content = ids[:position], ids[position : position + new_tokens]
-                samples.append(Sample({"length": position}, {"document": document.name}, content, position))
+                samples.append(Sample({"length": position}, identity, content, position))
     return samples
 
 

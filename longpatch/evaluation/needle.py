@@ -10,7 +10,7 @@ from torch import Tensor
 from .arms import Arm
 from .metrics import best, contains, rouge, similarity
 from .prompts import Answerer, bury, sentences
-from .run import Measurement, Sample, Work
+from .run import Measurement, Sample, Work, digest
 
 TASK = (
     "There is an important infomation hidden in the following context. Find the information and memorize it. I will "
@@ -22,15 +22,22 @@ ANSWER = "eat a sandwich and sit in Dolores Park on a sunny day"
 METRICS = ("rouge", "match")
 
 
-def needle_samples(lengths: Sequence[int], depths: Sequence[float], trials: int, seed: int) -> list[Sample]:
-    """`trials` for each of `lengths` (tokens) and `depths`, each beginning elsewhere in the haystack."""
-    rng = random.Random(seed)
-    return [
-        Sample({"length": length, "depth": depth}, {"trial": trial}, rng.random(), length)
-        for length in lengths
-        for depth in depths
-        for trial in range(trials)
-    ]
+def needle_samples(
+    lengths: Sequence[int], depths: Sequence[float], trials: int, seed: int, texts: Sequence[str] = ()
+) -> list[Sample]:
+    """`trials` for each of `lengths` (tokens) and `depths`, each beginning elsewhere in the haystack.
+
+    `texts`: haystack, needle, question, by which these samples differ from those of other runs.
+    """
+    rng, made_of = random.Random(seed), digest(list(texts))
+    samples = []
+    for length in lengths:
+        for depth in depths:
+            for trial in range(trials):
+                start = rng.random()
+                identity = {"trial": trial, "digest": digest(made_of, start)}
+                samples.append(Sample({"length": length, "depth": depth}, identity, start, length))
+    return samples
 
 
 def scores(answer: str, target: str, metrics: Sequence[str]) -> dict[str, float]:

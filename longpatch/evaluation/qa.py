@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from .arms import Arm
 from .metrics import best, normalised, token_f1
 from .prompts import Answerer
-from .run import Measurement, Sample, Work
+from .run import Measurement, Sample, Work, digest
 
 ARTICLE = (
     "You are given a scientific article and a question. Answer the question as concisely as you can, using a single "
@@ -34,7 +34,7 @@ def qa_samples(rows: Iterable[dict]) -> list[Sample]:
     for number, row in enumerate(rows):
         answers = [row["answers"]] if isinstance(row["answers"], str) else list(row["answers"])
         content = {"context": row["context"], "question": row["question"], "answers": answers}
-        identity = {"row": row.get("id", number)}
+        identity = {"row": row.get("id", number), "digest": digest(content)}
         samples.append(Sample({}, identity, content, max(1, len(row["context"]))))
     return samples
 

@@ -14,7 +14,7 @@ from .arms import Arm
 from .cachefile import load_cache, save_cache
 from .documents import Document
 from .perplexity import MIB, cache_bytes, sliding_scores, stream_nll, window_nll
-from .run import Measurement, Sample, Work
+from .run import Measurement, Sample, Work, digest
 
 ARMS = ("original", "lambda", "fresh", "truncate")
 
@@ -66,16 +66,20 @@ def document_samples(
 
     With `join` one sample of all: the first document so, and the others' tokens after it, without their BOS.
     """
-    texts = [(document.name, document.ids(tokenizer, length), document.text is not None) for document in documents]
+    texts = [(document.identity, document.ids(tokenizer, length), document.text is not None) for document in documents]
     if join:
-        (name, first, _), *others = texts
-        whole = torch.cat([first, *(ids[int(ids[0] == tokenizer.bos_token_id) :] for _, ids, _ in others)])
-        texts = [(f"{name} and {len(others)} more", whole, all(known for _, _, known in texts))]
+        (first, start, _), *others = texts
+        whole = torch.cat([start, *(ids[int(ids[0] == tokenizer.bos_token_id) :] for _, ids, _ in others)])
+        joined = {
+            "document": f"{first['document']} and {len(others)} more",
+            "digest": digest(*(identity["digest"] for identity, _, _ in texts)),
+        }
+        texts = [(joined, whole, all(known for _, _, known in texts))]
     samples = []
-    for name, ids, known in texts:
+    for identity, ids, known in texts:
         ids = torch.cat((ids, ids[1:].repeat(repeat - 1))) if repeat > 1 else ids
         content = {"ids": ids, "bytes": len(tokenizer.decode(ids[1:]).encode()) if known else None}
-        samples.append(Sample({}, {"document": name}, content, max(1, len(ids) - 1)))
+        samples.append(Sample({}, identity, content, max(1, len(ids) - 1)))
     return samples
 
 

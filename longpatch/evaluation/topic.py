@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .arms import Arm
 from .metrics import contains, exact_number
 from .prompts import Answerer
-from .run import Measurement, Sample, Work
+from .run import Measurement, Sample, Work, digest
 
 TOPICS = (
     "the history of bridges", "keeping bees", "the art of mosaic", "sleep and dreams", "volcanoes", "learning chess",
@@ -103,7 +103,8 @@ class Topic:
 
 def _sample(task: str, count: int, trial: int, prompt: str, target: str) -> Sample:
     settings = {"task": task, "length": count}
-    return Sample(settings, {"trial": trial, "target": target}, (prompt, target), max(1, len(prompt)))
+    identity = {"trial": trial, "target": target, "digest": digest(prompt)}
+    return Sample(settings, identity, (prompt, target), max(1, len(prompt)))
 
 
 def _drawn(rng: random.Random, names: Sequence[str], count: int) -> list[str]:

@@ -15,7 +15,7 @@ from ..temp_lora.segments import guofeng_segments, recent
 from .arms import Arm
 from .metrics import comet, sentence_bleu
 from .prompts import Answerer
-from .run import Measurement, Sample, Work
+from .run import Measurement, Sample, Work, digest
 
 TASK = "Translate the last line.\n\n"
 PAIR = "{source_name}: {source}\n{target_name}:"
@@ -48,11 +48,11 @@ def segment_samples(documents: Iterable[dict], context: str = "k3") -> list[Samp
             book += guofeng_segments(document, context, first=not book)
         else:
             raise LongpatchError("eval translation", [f"row {number} has no segments"], '"segments" or "inference"')
-    sizes = [sum(len(segment.source) for segment in segments) for _, segments in found]
-    return [
-        Sample({}, {"document": name}, segments, max(1, size))
-        for (name, segments), size in zip(found, sizes, strict=True)
-    ]
+    samples = []
+    for name, segments in found:
+        identity = {"document": name, "digest": digest([[s.source, s.reference, s.before] for s in segments])}
+        samples.append(Sample({}, identity, segments, max(1, sum(len(segment.source) for segment in segments))))
+    return samples
 
 
 @dataclass

@@ -10,6 +10,7 @@ import numpy
 RESAMPLES = 1000
 LOG_METRICS = {"nll": "perplexity", "nll_document": "perplexity of all tokens"}
 VARIANCE = "nll_variance"
+MEAN_OF_DOCUMENTS = "nll_mean_over_documents"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,6 @@ def summarise(records: Iterable[dict[str, Any]], names: dict[int, str] | None = 
     """
     records = list(records)
     column_of = _columns(records, names or {})
-    several_documents = len({_identity(record) for record in records if record["metric"] == "nll_document"}) > 1
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record, column in zip(records, column_of, strict=True):
         settings = {name: value for name, value in record["settings"].items() if name != "arm"}
@@ -52,13 +52,15 @@ def summarise(records: Iterable[dict[str, Any]], names: dict[int, str] | None = 
         if record["metric"] == "nll" and "variance" in record.get("detail", {}):
             key = json.dumps([record["command"], VARIANCE, "nat^2", settings])
             groups.setdefault(key, {}).setdefault(column, []).append(record)
-        if record["metric"] == "nll_document" and several_documents:
-            key = json.dumps([record["command"], "nll_mean_over_documents", record["unit"], settings])
+        if record["metric"] == "nll_document":
+            key = json.dumps([record["command"], MEAN_OF_DOCUMENTS, record["unit"], settings])
             groups.setdefault(key, {}).setdefault(column, []).append({**record, "n": 1})
     order = list(dict.fromkeys(column_of))
     rows = []
     for key, columns in groups.items():
         command, metric, unit, settings = json.loads(key)
+        if metric == MEAN_OF_DOCUMENTS and all(len(found) == 1 for found in columns.values()):
+            continue
         rows.append(_row(command, metric, unit, settings, {c: columns[c] for c in order if c in columns}))
     return rows
 
@@ -90,10 +92,12 @@ def _row(command: str, metric: str, unit: str, settings: dict[str, Any], columns
     for column, found in columns.items():
         cells[column] = _cell([r["value"] for r in found], [r["n"] for r in found], is_log, unit == "1" and not is_log)
     first, *others = columns
-    known = {_identity(record): record for record in columns[first]}
+    known = _by_sample(columns[first])
     against = {}
     for column in others:
-        pairs = [(record, known[_identity(record)]) for record in columns[column] if _identity(record) in known]
+        found = _by_sample(columns[column])
+        shared = [name for name in found if len(found[name]) == len(known.get(name, ()))]
+        pairs = [pair for name in shared for pair in zip(found[name], known[name], strict=True)]
         if len(pairs) > 1:
             differences = [record["value"] - base["value"] for record, base in pairs]
             against[column] = _cell(differences, [record["n"] for record, _ in pairs], is_log, is_share=False)
@@ -107,8 +111,12 @@ def _variance(records: list[dict[str, Any]]) -> Cell:
     return Cell(float((n * (variance + (mean - whole) ** 2)).sum() / n.sum()), None, None, len(records), int(n.sum()))
 
 
-def _identity(record: dict[str, Any]) -> str:
-    return json.dumps(record.get("sample"), sort_keys=True)
+def _by_sample(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Records by what tells their samples apart; several of which it is the same are in order."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault(json.dumps(record.get("sample"), sort_keys=True), []).append(record)
+    return found
 
 
 def _wilson(share: float, count: int) -> tuple[float, float]:

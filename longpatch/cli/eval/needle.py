@@ -82,6 +82,7 @@ def run(arguments: Namespace) -> None:
     answerer = Answerer(model, tokenizer, template, arguments.new_tokens)
     evaluation = Needle.create(answerer, text, needle=arguments.needle, **said)
     lengths = arguments.lengths or [trained_length(model.config)]
-    samples = needle_samples(lengths, arguments.depths, arguments.trials, arguments.seed)[: arguments.limit]
+    texts = (text, arguments.needle, arguments.question)
+    samples = needle_samples(lengths, arguments.depths, arguments.trials, arguments.seed, texts)[: arguments.limit]
     run = open_run(arguments, "eval needle", chat_template=arguments.chat_template)
     show(run, run.records(model, arms, samples, evaluation.measure), arguments)

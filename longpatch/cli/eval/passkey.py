@@ -64,7 +64,7 @@ def run(arguments: Namespace) -> None:
     else:
         lengths = arguments.lengths or [trained_length(model.config)]
         placed = (arguments.depths, arguments.trials, arguments.digits, arguments.placement, arguments.seed)
-        samples = passkey_samples(lengths, *placed)
+        samples = passkey_samples(lengths, *placed, text)
     samples = samples[: arguments.limit]
     digits = max(len(sample.content["key"]) for sample in samples)
     answerer = Answerer(model, tokenizer, template, 3 * digits + 8)
