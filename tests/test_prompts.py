@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import math
 import threading
 
 import pytest
@@ -19,6 +20,7 @@ from longpatch.evaluation.passkey import WORDINGS, PassKey, passkey_samples
 from longpatch.evaluation.prompts import Answerer, bury, chat_template, cut_at, cut_middle
 from longpatch.evaluation.qa import extract
 from longpatch.evaluation.topic import line_samples, topic_samples
+from tests.families import tiny_model
 from tests.tiny import random_ids, tiny_llama
 
 
@@ -183,6 +185,31 @@ def test_recorded_attention_is_that_of_the_definition(converted):
             expected = entropy(head, i)
             found = recorder.entropy[0][head, column], recorder.largest[0][head, column]
             torch.testing.assert_close(torch.stack(found), torch.stack(expected), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "sliding"), [("qwen2-mixed", [0]), ("mistral-sliding", [0, 1]), ("stablelm", [])])
+@pytest.mark.parametrize("converted", [False, True])
+def test_attention_is_recorded_where_layers_slide(name, sliding, converted):
+    """Sliding layers spread over their own window, and recording changes nothing; short texts have no far sinks."""
+    model = tiny_model(name)
+    model.config.sliding_window = 8
+    if converted:
+        convert_model(model, 8, 2)
+    for length in (40, 6):
+        ids = random_ids(1, length)
+        with torch.no_grad(), recording(model, [length - 1]) as recorder:
+            recorded = model(ids, use_cache=False).logits
+        torch.testing.assert_close(recorded, model(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+        layers = [entropy.max() for entropy in recorder.entropy]
+        assert len(layers) == 2
+        assert all(layers[number] < math.log(10 if converted else 8) for number in ([0, 1] if converted else sliding))
+
+
+@pytest.mark.parametrize(("name", "reason"), [("gemma2", "soft-capped"), ("gptj", "'gptj' does not go through")])
+def test_attention_that_is_not_seen_is_refused(name, reason):
+    model = tiny_model(name)
+    with pytest.raises(LongpatchError, match=reason), recording(model, [3]):
+        model(random_ids(1, 8), use_cache=False)
 
 
 def test_principal_components():
