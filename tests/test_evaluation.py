@@ -39,12 +39,10 @@ def test_a_streamed_text_is_scored_as_in_one_forward(converted, chunk):
 def test_fresh_windows_know_nothing_of_each_other(bos):
     model, ids, window = tiny_llama(), random_ids(1, 50)[0], 16
     actual = torch.cat(list(window_nll(model, ids, window, bos, batch=2)))
-    stride = window if bos is None else window - 1
-    pieces = ids.split(stride)
-    if bos is not None:
-        pieces = [torch.cat((torch.tensor([bos]), piece)) for piece in pieces]
-        assert len(actual) == len(ids)
-    expected = torch.cat([dense(model, piece) for piece in pieces])
+    before = ids[:-1:15] if bos is None else [torch.tensor(bos)] * 4
+    pieces = zip(before, ids[1:].split(window - 1), strict=True)
+    expected = torch.cat([dense(model, torch.cat((first[None], piece))) for first, piece in pieces])
+    assert len(actual) == len(ids) - 1
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -90,11 +88,28 @@ def test_spans_are_spans_of_the_same_tokens(demo):
         assert span.detail["variance"] == pytest.approx(variance, rel=1e-3)
 
 
+def test_texts_that_end_in_a_span_are_pooled_with_the_others(demo):
+    model, tokenizer = demo
+    for length in (60, 90, 130):
+        (sample,) = document_samples([document()], tokenizer, length)
+        found = measured(model, tokenizer, sample, edges=(0, 50, 130))
+        span = found["nll", 50]
+        assert (span.settings["stop"], span.n) == (130, length - 51)
+
+
+def test_texts_without_a_token_to_predict_are_refused(demo):
+    texts = [document(), Document("empty", ""), Document("b", "more")]
+    with pytest.raises(LongpatchError, match="documents: empty has no token to predict"):
+        document_samples(texts, demo[1], None)
+    with pytest.raises(LongpatchError, match="a has no token to predict; empty has"):
+        document_samples(texts, demo[1], 1)
+
+
 def test_fresh_arms_score_the_same_tokens(demo):
     model, tokenizer = demo
     (sample,) = document_samples([document()], tokenizer, 200)
     found = measured(model, tokenizer, sample, Arm("fresh:64", window=64))
-    expected = torch.cat(list(window_nll(model, sample.content["ids"][1:], 64, tokenizer.bos_token_id)))
+    expected = torch.cat(list(window_nll(model, sample.content["ids"], 64, tokenizer.bos_token_id)))
     assert found["nll_document", None].n == 199
     assert found["nll_document", None].value == pytest.approx(expected.double().mean().item(), rel=1e-6)
 
@@ -106,9 +121,9 @@ def test_a_text_read_again_and_again(demo):
 
 
 def test_doubling_spans():
-    assert doubling_edges(256, 4096) == (0, 256, 512, 1024, 2048)
-    assert doubling_edges(256, 257) == (0, 256)
-    assert doubling_edges(256, 100) == (0,)
+    assert doubling_edges(256, 4096) == (0, 256, 512, 1024, 2048, 4096)
+    assert doubling_edges(256, 257) == (0, 256, 512)
+    assert doubling_edges(256, 100) == (0, 256)
 
 
 def test_moments_do_not_depend_on_the_cut():

@@ -40,7 +40,7 @@ def run(arguments: Namespace) -> None:
     model, tokenizer = open_model(arguments)
     arms = open_arms(arguments, model, ("original", "lambda"), "eval attention")
     samples = document_samples(documents, tokenizer, arguments.length)
-    doubled = [edge - 1 for edge in doubling_edges(16, arguments.length + 1)[1:]]
+    doubled = [edge - 1 for edge in doubling_edges(16, arguments.length + 1)[1:-1]]
     positions = arguments.positions or [0, 1, 2, 4, *doubled]
     evaluation = Attention(model, positions, arguments.by_layer, arguments.pca_layer)
     run = open_run(arguments, "eval attention", tokens=arguments.length)
