@@ -75,6 +75,11 @@ def test_records_of_a_run(tmp_path):
     assert [r["value"] for r in records if r["metric"] == "value"] == [0, 1, 2, 3, 4, 16, 17, 18, 19, 20]
 
 
+def test_a_run_of_nothing_is_refused():
+    with pytest.raises(LongpatchError, match="eval test: no samples"):
+        Run("eval test", "tiny").records(tiny_llama(), ARMS, [], measure)
+
+
 @pytest.mark.parametrize("killed_at", [0, 1, 4, 7, 9])
 def test_a_killed_run_ends_with_the_same_records(tmp_path, killed_at):
     whole = Run("eval test", "tiny").records(tiny_llama(), ARMS, SAMPLES, measure)

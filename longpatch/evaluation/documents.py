@@ -84,7 +84,7 @@ def _read_text(path: Path, field: str) -> Iterator[Document]:
 
 def _read_rows(path: Path, field: str) -> Iterator[Document]:
     for number, (place, row) in enumerate(_placed_rows(path)):
-        if not isinstance(row.get(field), str):
+        if not isinstance(row.get(field), str) or not row[field].strip():
             raise LongpatchError("documents", [f"{place} has no text in {field!r}"])
         yield Document(str(row.get("id", f"{path.name}:{number}")), row[field])
 
@@ -101,12 +101,23 @@ def read_rows(path: Path) -> list[dict]:
     """Rows of a JSON lines file, or of a JSON file that is one list.
 
     Raises:
-        LongpatchError: naming file and line.
+        LongpatchError: naming file and line; for a file without rows.
     """
     try:
-        return [row for _, row in _placed_rows(path)]
+        rows = [row for _, row in _placed_rows(path)]
     except OSError as error:
         raise LongpatchError("rows", [f"{path}: {error.strerror}"], "JSON lines, or a list in .json") from error
+    if not rows:
+        raise LongpatchError("rows", [f"{path} holds no rows"], "JSON lines, or a list in .json")
+    return rows
+
+
+def check_row(call: str, number: int, row: dict, **fields: type | tuple[type, ...]) -> None:
+    """Raises LongpatchError naming each of `fields`, of these types, that row `number` does not have, or has empty."""
+    wrong = [name for name, kind in fields.items() if not isinstance(row.get(name), kind) or row[name] in ("", [])]
+    if wrong:
+        reasons = [f"row {number} has no {name!r}" for name in wrong]
+        raise LongpatchError(call, reasons, f"rows with {', '.join(fields)}")
 
 
 def _placed_rows(path: Path) -> list[tuple[str, dict]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .arms import Arm
+from .documents import check_row
 from .metrics import exact_number, first_number, similarity
 from .prompts import Answerer, bury, sentences
 from .run import Measurement, Sample, Work, digest
@@ -84,9 +85,14 @@ def passkey_samples(
 
 
 def row_samples(rows: Iterable[dict]) -> list[Sample]:
-    """Samples of rows with "input" and "target", as LM-Infinite's data has them; "length" and "depth" where given."""
+    """Samples of rows with "input" and "target", as LM-Infinite's data has them; "length" and "depth" where given.
+
+    Raises:
+        LongpatchError: naming the row that lacks one.
+    """
     samples = []
     for number, row in enumerate(rows):
+        check_row("eval passkey", number, row, input=str, target=(str, int))
         settings = {name: row[name] for name in ("length", "depth") if name in row}
         content = {"key": str(row["target"]), "text": row["input"]}
         identity = {"row": number, "key": content["key"], "digest": digest(content)}

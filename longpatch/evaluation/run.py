@@ -115,7 +115,12 @@ class Run:
         Under `accelerate launch` each process takes its share of the samples; process 0 returns (and writes) all of
         them, the others an empty list. A journal beside `out` takes one line per finished sample, so that a killed run
         goes on where it was and ends with the same records.
+
+        Raises:
+            LongpatchError: where there is nothing to measure; for a journal of another run.
         """
+        if not samples:
+            raise LongpatchError(self.command, ["no samples"])
         processes = process_state()
         journal = Journal(self, arms, samples, processes.process_index)
         share = range(processes.process_index, len(samples), processes.num_processes)

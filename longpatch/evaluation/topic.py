@@ -3,8 +3,10 @@
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .arms import Arm
+from .documents import check_row
 from .metrics import contains, exact_number
 from .prompts import Answerer
 from .run import Measurement, Sample, Work, digest
@@ -76,9 +78,15 @@ def line_samples(counts: Sequence[int], trials: int, seed: int) -> list[Sample]:
 
 
 def row_samples(rows: Iterable[dict]) -> list[Sample]:
-    """Samples of LongEval's own files: rows with "prompt" and either "topics" or "expected_number"."""
+    """Samples of LongEval's own files: rows with "prompt" and either "topics" or "expected_number".
+
+    Raises:
+        LongpatchError: naming the row that lacks one.
+    """
     samples = []
     for number, row in enumerate(rows):
+        wanted: dict[str, Any] = {"topics": list} if "topics" in row else {"expected_number": (int, str)}
+        check_row("eval topic", number, row, prompt=str, **wanted)
         if "topics" in row:
             samples.append(_sample("topic", len(row["topics"]), number, row["prompt"], row["topics"][0]))
         else:

@@ -13,6 +13,7 @@ from ..errors import LongpatchError
 from ..temp_lora import LearnOptions, Segment, temp_lora
 from ..temp_lora.segments import guofeng_segments, recent
 from .arms import Arm
+from .documents import check_row
 from .metrics import comet, sentence_bleu
 from .prompts import Answerer
 from .run import Measurement, Sample, Work, digest
@@ -40,9 +41,15 @@ def segment_samples(documents: Iterable[dict], context: str = "k3") -> list[Samp
     book: list[Segment] = []
     for number, document in enumerate(documents):
         if document.get("segments"):
+            check_row("eval translation", number, document, segments=list)
+            for place, row in enumerate(document["segments"]):
+                check_row(f"eval translation, row {number}, segments", place, row, source=str, target=str)
             segments = [Segment(row["source"], row["target"]) for row in document["segments"]]
             found.append((document.get("id", number), segments))
         elif document.get("inference"):
+            check_row("eval translation", number, document, inference=list)
+            for place, row in enumerate(document["inference"]):
+                check_row(f"eval translation, row {number}, inference", place, row, zh=str, en=str)
             if not book:
                 found.append((document.get("id", number), book))
             book += guofeng_segments(document, context, first=not book)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ...errors import LongpatchError
 from ...evaluation.buckets import Bucket, by_length, by_position
 from ...evaluation.documents import read_documents
 from ...evaluation.temp_lora import BASE, Walk, walk_document
@@ -116,6 +117,8 @@ def run(arguments: Namespace) -> None:
     scores, lines = [], []
     for text in texts:
         ids, name = text.ids(tokenizer)[: arguments.tokens], text.name.removesuffix(".txt")
+        if len(ids) < 2:
+            raise LongpatchError("eval temp-lora", [f"{text.name} has no token to predict"], "two tokens, BOS included")
         checkpoint = None if arguments.resume is None else arguments.resume / name.replace("/", "_")
         with tqdm(total=len(ids), desc=name, unit="tok", unit_scale=True, mininterval=2) as progress:
             document = None
