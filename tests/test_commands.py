@@ -13,6 +13,7 @@ from longpatch.cli.eval import COMMANDS
 from longpatch.demo import load
 from longpatch.evaluation.metrics import bleu, comet, sentence_bleu, similarity
 from longpatch.evaluation.prompts import Answerer
+from longpatch.temp_lora.learner import Learner
 from tests.evaluating import STORY, WINDOW, values, write_rows
 
 OWN_FLAGS = ("temp-lora",)  # it keeps its state, and compares with its base, in ways of its own
@@ -205,20 +206,30 @@ def test_bleu_of_languages_without_blanks():
 SEGMENTS = [{"zh": f"看，第{number}条船", "en": f"Look, the ship number {number} goes home"} for number in range(4)]
 
 
-def test_translations_by_the_base_and_by_an_adapter(ask, tmp_path):
+def test_translations_by_the_base_and_by_an_adapter(ask, tmp_path, monkeypatch):
     """They agree until something was learned; then, on a document that repeats itself, the adapter knows better."""
     pytest.importorskip("sacrebleu", reason="needs the extra [eval]")
     context = {"k3": [{"zh": "前面", "en": "before"}]}
     (tmp_path / "guofeng.json").write_text(json.dumps([{"contexts": context, "inference": SEGMENTS}]))
     learn = ["--temp-lora", "--rank", "8", "--learning-rate", "5e-3", "--dropout", "0", "--epochs", "4"]
-    arguments = ["--pairs", "1", "--new-tokens", "4", "--baseline", "constant:home"]
+    learned, learn_pair = [], Learner.learn
+
+    def remember(self, context, ids):
+        learned.append(context[0])
+        return learn_pair(self, context, ids)
+
+    monkeypatch.setattr(Learner, "learn", remember)
+    arguments = ["--pairs", "1", "--new-tokens", "4", "--baseline", "truncate:16,constant:home"]
     records = ask("translation", "demo", "guofeng.json", *WINDOW, *learn, *arguments)
     nll = {}
     for record in records:
         if record["metric"] == "nll":
             nll.setdefault((record["settings"]["arm"], record["settings"]["translator"]), []).append(record["value"])
     base, adapted = nll["64/4", "base"], nll["64/4", "temp-lora"]
-    assert list(nll) == [("64/4", "base"), ("64/4", "temp-lora"), ("constant:home", "base")]
+    assert list(nll) == [(arm, way) for arm in ("64/4", "truncate:16") for way in ("base", "temp-lora")]
+    cut = [abs(a - b) for a, b in zip(base, nll["truncate:16", "base"], strict=True)]
+    assert min(cut) > 0.01
+    assert all(len(shown) <= 16 for shown in learned[len(learned) // 2 :])
     assert adapted[0] == base[0]
     assert adapted[3] < base[3] - 0.2
     shown = {r["settings"]["translator"] for r in records if r["metric"] == "bleu"}

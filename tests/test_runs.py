@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 
 from longpatch import LongpatchError, convert_model
-from longpatch.cli import main
+from longpatch.cli import flags, main
 from longpatch.cli.flags import open_arms
 from longpatch.evaluation.arms import Arm, check_arms, converted_arm, parse_arms
 from longpatch.evaluation.run import Measurement, Run, Sample
@@ -38,6 +38,18 @@ def test_arms_are_read_from_one_line():
 def test_a_split_model_is_not_measured_by_processes_that_share_out_the_samples():
     with pytest.raises(LongpatchError, match=r"eval needle: --tp: several processes.*--device-map auto"):
         open_arms(Namespace(tp=True), None, (), "eval needle")
+
+
+def test_each_process_opens_the_model_on_its_own_device(monkeypatch):
+    opened = []
+    monkeypatch.setattr(flags, "load_model", lambda *args, device_map, **options: opened.append(device_map))
+    asked = {"model": "x", "dtype": "float32", "peft": None, "load_in_4bit": False}
+    for there in (False, True):
+        monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
+        monkeypatch.setattr(flags, "process_state", lambda: Namespace(device="cuda:3"))
+        for device_map, tp in ((None, False), ("cpu", False), (None, True)):
+            flags.open_model(Namespace(**asked, device_map=device_map, tp=tp))
+    assert opened == [None, "cpu", None, {"": "cuda:3"}, "cpu", None]
 
 
 def test_an_arm_is_put_on_and_taken_off():
