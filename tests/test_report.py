@@ -87,6 +87,15 @@ def test_columns_say_what_tells_them_apart():
     assert list(summarise(first + second, names)[0].cells) == ["before: a", "after: a"]
 
 
+def test_a_model_loaded_in_another_way_is_another_column():
+    before, after = made([1.0, 0.5], "f1"), made([0.5, 0.0], "f1", dtype="bfloat16", peft="lora")
+    (row,) = summarise(before + after)
+    assert list(row.cells) == ["a", "a dtype=bfloat16 peft=lora"]
+    assert row.against["a dtype=bfloat16 peft=lora"].value == -0.5
+    (alone,) = summarise(after)
+    assert (list(alone.cells), alone.settings) == (["a"], {"dtype": "bfloat16", "peft": "lora"})
+
+
 def test_tables():
     records = made([1.0, 0.0], length=256) + made([1.0, 1.0], length=1024)
     text = tables(summarise(records), intervals=False, counts=True)

@@ -9,6 +9,7 @@ import numpy
 
 RESAMPLES = 1000
 LOG_METRICS = {"nll": "perplexity", "nll_document": "perplexity of all tokens"}
+LOADING = ("dtype", "peft", "load_in_4bit")  # how a model was loaded
 VARIANCE = "nll_variance"
 MEAN_OF_DOCUMENTS = "nll_mean_over_documents"
 
@@ -43,10 +44,11 @@ def summarise(records: Iterable[dict[str, Any]], names: dict[int, str] | None = 
     `names` label the records of several files by id(record), where models and arms do not tell them apart.
     """
     records = list(records)
-    column_of = _columns(records, names or {})
+    loading = [name for name in LOADING if len({json.dumps(r["settings"].get(name)) for r in records}) > 1]
+    column_of = _columns(records, names or {}, loading)
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record, column in zip(records, column_of, strict=True):
-        settings = {name: value for name, value in record["settings"].items() if name != "arm"}
+        settings = {name: value for name, value in record["settings"].items() if name not in ("arm", *loading)}
         key = json.dumps([record["command"], record["metric"], record["unit"], settings])
         groups.setdefault(key, {}).setdefault(column, []).append(record)
         if record["metric"] == "nll" and "variance" in record.get("detail", {}):
@@ -65,11 +67,18 @@ def summarise(records: Iterable[dict[str, Any]], names: dict[int, str] | None = 
     return rows
 
 
-def _columns(records: list[dict[str, Any]], names: dict[int, str]) -> list[str]:
-    """For each record the shortest label that tells its arm from others: arm, model and arm, or file and those."""
+def _columns(records: list[dict[str, Any]], names: dict[int, str], loading: list[str]) -> list[str]:
+    """For each record the shortest label that tells its arm from others: arm, model and arm, or file and those.
+
+    An arm has the settings of `loading` in its name: runs that differ in them are compared.
+    """
+
+    def arm_of(model: str, settings: dict[str, Any]) -> str:
+        loaded = [f"{name}={settings[name]}" for name in loading if settings.get(name)]
+        return " ".join([str(settings.get("arm", model)), *loaded])
+
     full = [
-        (names.get(id(record), ""), record["model"], str(record["settings"].get("arm", record["model"])))
-        for record in records
+        (names.get(id(record), ""), record["model"], arm_of(record["model"], record["settings"])) for record in records
     ]
     models = {model for _, model, _ in full}
     places: dict[tuple[str, str], set[str]] = {}
