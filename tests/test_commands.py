@@ -136,7 +136,12 @@ def test_needles_rescored_without_a_model(ask, tmp_path, endpoint, prompts, monk
     assert values(again, "match") == [0, 0, 1, 1]
     assert values(again, "judge") == [0, 0, 1, 1]
     assert not values(again, "rougeL")
-    assert [r["detail"] for r in again[::3]] == [r["detail"] for r in records[::3]]
+    assert [r["detail"] for r in again[::3]] == [r["detail"] | {"target": "eat"} for r in records[::3]]
+    own = ask("needle", "demo", "--rescore", "out.jsonl", out="own.jsonl")  # by what each was asked
+    assert [(r["metric"], r["value"], r["detail"]) for r in own] == [
+        (r["metric"], r["value"], r["detail"]) for r in records
+    ]
+    assert len(ask("needle", "demo", *judged, "--limit", "1", out="one.jsonl")) == 3
     assert {path for path, _, _ in asked} == {"/v1/chat/completions"}
     assert {key for _, key, _ in asked} == {"Bearer x"}
 

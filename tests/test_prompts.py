@@ -146,6 +146,26 @@ def test_a_judge_behind_an_endpoint():
         judge("Where?", "here", "there")
 
 
+@pytest.mark.parametrize(
+    ("reply", "mark"),
+    [
+        ("On a scale of 1 to 10, I give it 9.", 9),
+        ("9/10, since 3 of 3 facts agree", 9),
+        ("7 out of 10", 7),
+        ("8. It misses 2 of them.", 8),
+        ("**10**", 10),
+        ("Score: 8.5 / 10", 8.5),
+    ],
+)
+def test_the_mark_in_a_judges_reply(reply, mark):
+    assert Judge(lambda prompt: reply)("Where?", "here", "there") == (mark - 1) / 9
+
+
+def test_a_reply_without_a_mark():
+    with pytest.raises(LongpatchError, match="holds no number from 1 to 10"):
+        Judge(lambda prompt: "In 1999, 0.5 of 200")("Where?", "here", "there")
+
+
 @pytest.mark.parametrize("converted", [False, True])
 def test_recorded_attention_is_that_of_the_definition(converted):
     """One layer, so that its logits follow from the embeddings alone: entropy against weights computed densely."""

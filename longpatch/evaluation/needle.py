@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ NEEDLE = "\n\nThe best thing to do in San Francisco is eat a sandwich and sit in
 QUESTION = "\n\nWhat is the best thing to do in San Francisco?"
 ANSWER = "eat a sandwich and sit in Dolores Park on a sunny day"
 METRICS = ("rouge", "match")
+Judge = Callable[[str, str, str], float]
 
 
 def needle_samples(
@@ -61,7 +63,7 @@ class Needle:
     question: str = QUESTION
     target: str = ANSWER
     metrics: Sequence[str] = METRICS
-    judge: Callable[[str, str, str], float] | None = None
+    judge: Judge | None = None
 
     @classmethod
     def create(cls, answerer: Answerer, text: str, **options) -> "Needle":
@@ -80,11 +82,14 @@ class Needle:
 
     def measure(self, arm: Arm, sample: Sample, work: Work) -> list[Measurement]:
         ids, depth = self.prompt(sample)
-        return self.score(self.answerer.answer(arm, ids), depth)
+        answer = self.answerer.answer(arm, ids)
+        said = {"answer": answer, "placed": depth, "question": self.question, "target": self.target}
+        return mark(said, self.metrics, self.judge)
 
-    def score(self, answer: str, depth: float | None) -> list[Measurement]:
-        marks = scores(answer, self.target, self.metrics)
-        if self.judge is not None:
-            marks["judge"] = self.judge(self.question, self.target, answer)
-        detail = {"answer": answer, "placed": depth}
-        return [Measurement(name, mark, detail=detail) for name, mark in marks.items()]
+
+def mark(said: dict[str, Any], metrics: Sequence[str], judge: Judge | None) -> list[Measurement]:
+    """Scores of what was `said`: {"answer", "question", "target", ...}, which they keep."""
+    marks = scores(said["answer"], said["target"], metrics)
+    if judge is not None:
+        marks["judge"] = judge(said["question"], said["target"], said["answer"])
+    return [Measurement(name, value, detail=said) for name, value in marks.items()]
