@@ -10,10 +10,12 @@ from torch.nn.functional import cross_entropy
 from longpatch import LongpatchError, convert_llama_model
 from longpatch.demo import load
 from longpatch.evaluation.arms import Arm
+from longpatch.evaluation.cachefile import load_cache, save_cache
 from longpatch.evaluation.documents import Document, read_documents
 from longpatch.evaluation.perplexity import bits_per_byte, perplexity, sliding_scores, stream_nll, window_nll
 from longpatch.evaluation.reading import Moments, Reading, document_samples, doubling_edges, measure_positions
 from longpatch.evaluation.run import Sample, Work
+from tests.families import tiny_model
 from tests.tiny import random_ids, tiny_llama
 
 BOS = 0
@@ -120,6 +122,13 @@ def test_a_text_read_again_and_again(demo):
     assert torch.equal(thrice, torch.cat((once, once[1:], once[1:])))
 
 
+def test_as_many_tokens_as_asked_for_where_each_is_long(demo):
+    text = " " * 20_000 + "The ship went on."
+    ids = Document("a", text).ids(demo[1])
+    assert 200 < len(ids) < 20_000 / 16
+    assert torch.equal(Document("a", text).ids(demo[1], 200), ids[:200])
+
+
 def test_doubling_spans():
     assert doubling_edges(256, 4096) == (0, 256, 512, 1024, 2048, 4096)
     assert doubling_edges(256, 257) == (0, 256, 512)
@@ -214,6 +223,17 @@ def test_reading_goes_on_where_it_was_killed(tmp_path, demo):
     assert resumed == undisturbed
     assert ticks[0] == read
     assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("name", ["mistral-sliding", "qwen2-mixed", "gptj"])
+def test_a_saved_cache_goes_on_where_layers_slide(tmp_path, name):
+    model, ids = tiny_model(name), random_ids(1, 60)[0]
+    whole = torch.cat([chunk.nll for chunk in stream_nll(model, ids, 10)])
+    *_, (read, cache) = [(chunk.start + 10, chunk.cache) for chunk in stream_nll(model, ids[:51], 10)]
+    save_cache(cache, tmp_path / "cache.safetensors")
+    again = load_cache(model, tmp_path / "cache.safetensors")
+    rest = torch.cat([chunk.nll for chunk in stream_nll(model, ids[read:], 10, again)])
+    assert torch.equal(rest, whole[read:])
 
 
 def test_the_state_of_another_document_is_not_taken(tmp_path, demo):

@@ -34,8 +34,8 @@ def numbers(text: str) -> list[int]:
 
 
 def fractions(text: str) -> list[float]:
-    """A number of even steps from 0 to 1, or the fractions themselves, separated by commas."""
-    if text.isdigit():
+    """A number of even steps from 0 to 1, or the fractions themselves, separated by commas; 0 is one."""
+    if text.isdigit() and text != "0":
         steps = positive(text)
         return [step / max(1, steps - 1) for step in range(steps)]
     return [float(part) for part in text.split(",")]

@@ -43,9 +43,12 @@ class Document:
             return torch.from_numpy(read_binary(self.file, tokenizer, described=False)[:limit].astype("int64"))
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         text = self.text or ""
-        # A token holds at least one character of most texts, and is rarely longer than 12.
-        text = text if limit is None or len(text) < 16 * limit else text[: 16 * limit]
-        return torch.tensor((bos + tokenizer.encode(text, add_special_tokens=False))[:limit])
+        cut = len(text) if limit is None else 16 * limit  # enough of most texts, too little of many blanks
+        ids = tokenizer.encode(text[:cut], add_special_tokens=False)
+        while limit is not None and len(ids) <= limit and cut < len(text):
+            cut *= 2
+            ids = tokenizer.encode(text[:cut], add_special_tokens=False)
+        return torch.tensor((bos + ids)[:limit])
 
 
 def read_documents(paths: list[Path], field: str = "text", start: int = 0, limit: int | None = None) -> list[Document]:

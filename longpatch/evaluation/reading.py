@@ -85,8 +85,9 @@ def document_samples(
         raise LongpatchError("documents", empty, "texts, and a --length, of two tokens at least, BOS included")
     samples = []
     for identity, ids, known in texts:
+        text_bytes = repeat * len(tokenizer.decode(ids[1:]).encode()) if known else None
         ids = torch.cat((ids, ids[1:].repeat(repeat - 1))) if repeat > 1 else ids
-        content = {"ids": ids, "bytes": len(tokenizer.decode(ids[1:]).encode()) if known else None}
+        content = {"ids": ids, "bytes": text_bytes}
         samples.append(Sample({}, identity, content, len(ids) - 1))
     return samples
 
