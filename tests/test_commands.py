@@ -119,7 +119,10 @@ def test_needles_rescored_without_a_model(ask, tmp_path, endpoint, prompts, monk
     arms = ["--baseline", "constant:eat a sandwich"]
     placed = ["--lengths", "192", "--depths", "0,0.5", "--new-tokens", "4"]
     own = ["--needle", " He ate a sandwich.", "--question", " What did he eat?", "--target", "a sandwich"]
-    records = ask("needle", "demo", tmp_path, *WINDOW, *placed, *arms, *own)
+    address, asked = endpoint
+    judged = ["--judge", address, "--judge-key", "x"]
+    records = ask("needle", "demo", tmp_path, *WINDOW, *placed, *arms, *own, *judged)
+    assert values(records, "judge") == [0, 0, 1, 1]
     assert all(
         prompt.count("He ate a sandwich. ") == prompt.count("What did he eat?\nAnswer:") == 1 for prompt in prompts
     )
@@ -130,16 +133,15 @@ def test_needles_rescored_without_a_model(ask, tmp_path, endpoint, prompts, monk
         raise AssertionError("a model was opened")
 
     monkeypatch.setattr("longpatch.cli.flags.load_model", no_model)
-    address, asked = endpoint
-    judged = ["--rescore", "out.jsonl", "--metrics", "match", "--target", "eat", "--judge", address, "--judge-key", "x"]
+    judged += ["--rescore", "out.jsonl", "--metrics", "match", "--target", "eat"]
     again = ask("needle", "demo", *judged, out="again.jsonl")
     assert values(again, "match") == [0, 0, 1, 1]
     assert values(again, "judge") == [0, 0, 1, 1]
     assert not values(again, "rougeL")
-    assert [r["detail"] for r in again[::3]] == [r["detail"] | {"target": "eat"} for r in records[::3]]
+    assert [r["detail"] for r in again[::3]] == [r["detail"] | {"target": "eat"} for r in records[::4]]
     own = ask("needle", "demo", "--rescore", "out.jsonl", out="own.jsonl")  # by what each was asked
     assert [(r["metric"], r["value"], r["detail"]) for r in own] == [
-        (r["metric"], r["value"], r["detail"]) for r in records
+        (r["metric"], r["value"], r["detail"]) for r in records if r["metric"] != "judge"
     ]
     assert len(ask("needle", "demo", *judged, "--limit", "1", out="one.jsonl")) == 3
     assert {path for path, _, _ in asked} == {"/v1/chat/completions"}

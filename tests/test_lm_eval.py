@@ -8,6 +8,7 @@ import torch
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra [eval]")
 
+from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.registry import model_registry  # noqa: E402
 from lm_eval.evaluator import simple_evaluate  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
@@ -16,6 +17,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from longpatch import LongpatchError, convert_model  # noqa: E402
 from longpatch.cli import main  # noqa: E402
 from longpatch.evaluation.lm_eval import NAME, LongpatchLM, register, set_rope_theta  # noqa: E402
+from longpatch.evaluation.perplexity import stream_nll  # noqa: E402
 from longpatch.models import load_model  # noqa: E402
 from tests.evaluating import write_rows  # noqa: E402
 from tests.families import tiny_model  # noqa: E402
@@ -59,10 +61,10 @@ def test_equal_to_lm_evals_own_model_on_a_converted_one(tasks, name, window):
     register()
     register()
     arguments = f"pretrained={name},local_branch={window},global_branch=4"
-    found = answers("longpatch", tasks, model_args=arguments, batch_size=2, device="cpu")
+    found = answers("longpatch", tasks, model_args=arguments, batch_size=3, device="cpu")
     model, tokenizer = load_model(name)
     convert_model(model, window, 4)
-    expected = answers(HFLM(model, tokenizer=tokenizer, batch_size=2, max_length=100_000), tasks)
+    expected = answers(HFLM(model, tokenizer=tokenizer, batch_size=3, max_length=100_000), tasks)
     assert found["local_until"] == expected["local_until"]
     assert len(found["local_choice"]) == 2
     for mine, theirs in zip(found["local_choice"], expected["local_choice"], strict=True):
@@ -172,6 +174,14 @@ def test_the_center_is_cut_out_of_what_the_model_reads():
     (cut,) = lm._loglikelihood_tokens([(("a", "b"), context, continuation)])
     (same,) = lm._loglikelihood_tokens([(("c", "d"), kept, continuation)])
     assert cut == same
+
+
+def test_a_rolling_text_is_that_of_the_stream():
+    lm = LongpatchLM("demo", 64, 4, device="cpu")
+    (found,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (LONG,), 0)], disable_tqdm=True)
+    ids = torch.tensor([lm.prefix_token_id, *lm.tok_encode(LONG)])
+    expected = -sum(chunk.nll.sum().item() for chunk in stream_nll(lm.model, ids, 50))
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_another_rope_theta():

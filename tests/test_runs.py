@@ -7,6 +7,7 @@ import pytest
 
 from longpatch import LongpatchError, convert_model
 from longpatch.cli import flags, main
+from longpatch.cli.eval import temp_lora
 from longpatch.cli.flags import open_arms
 from longpatch.evaluation.arms import Arm, check_arms, converted_arm, parse_arms
 from longpatch.evaluation.run import Measurement, Run, Sample
@@ -50,6 +51,12 @@ def test_each_process_opens_the_model_on_its_own_device(monkeypatch):
         for device_map, tp in ((None, False), ("cpu", False), (None, True)):
             flags.open_model(Namespace(**asked, device_map=device_map, tp=tp))
     assert opened == [None, "cpu", None, {"": "cuda:3"}, "cpu", None]
+
+
+def test_a_walk_is_the_work_of_one_process(monkeypatch, capsys):
+    monkeypatch.setattr(temp_lora, "process_state", lambda: Namespace(num_processes=2))
+    assert main(["eval", "temp-lora", "demo", "nowhere.txt"]) == 2
+    assert "several processes" in capsys.readouterr().err
 
 
 def test_an_arm_is_put_on_and_taken_off():
