@@ -70,6 +70,7 @@ class LongpatchLM(_Base):
     ):
         if truncation not in TRUNCATIONS:
             raise LongpatchError("lm-eval", [f"truncation={truncation!r}"], ", ".join(TRUNCATIONS))
+        processes = process_state()  # which chooses this one's device
         model, tokenizer = load_model(
             pretrained,
             getattr(torch, dtype),
@@ -81,9 +82,14 @@ class LongpatchLM(_Base):
             set_rope_theta(model, float(rope_theta))
         if convert:
             chosen = recall if recall is None else recall != "none" and Recall.parse(recall)
-            sizes = {"local_branch": local_branch, "global_branch": global_branch, "limit_distance": limit_distance}
-            convert_model(model, **sizes, implementation=attn, recall=chosen)
-        processes = process_state()
+            convert_model(
+                model,
+                local_branch,
+                global_branch,
+                limit_distance=limit_distance,
+                implementation=attn,
+                recall=chosen,
+            )
         if device_map is None and not load_in_4bit:
             model.to(device if device and torch.cuda.is_available() else "cpu")
         trained = trained_length(model.config)
