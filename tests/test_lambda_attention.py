@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from longpatch_kernels import IMPLEMENTATIONS, blocked, explain, lambda_attention, native, not_supported_reasons
 from longpatch_kernels.blocked import bands
@@ -297,6 +298,32 @@ def test_compile_as_one_graph_forward_and_backward(implementation):
         assert ran.call_count == 1
         for mine, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["blocked", pytest.param("native", marks=needs_compiler)])
+@pytest.mark.parametrize("queries", [1, 60])
+def test_second_derivatives_are_exact_too(implementation, queries):
+    """A penalty on gradients is part of a loss like any other."""
+    call = long_call(60, 20)
+    tensors = {name: call[name][:, :, -queries:] if "query" in name else call[name] for name in TENSORS.split()[:6]}
+    found = []
+    for name, dtype in ((implementation, torch.float32), ("reference", torch.float64)):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors.values()]
+        arguments = dict(zip(tensors, leaves, strict=True))
+        out, lse = lambda_attention(**arguments, window=20, implementation=name)
+        first = torch.autograd.grad(out.sum() + lse.square().sum(), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("implementation", ["blocked", pytest.param("native", marks=needs_compiler)])
+def test_forward_mode_derivatives_are_refused(implementation):
+    query = torch.randn(1, 2, 30, 16)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, torch.ones_like(query))
+        with pytest.raises(NotImplementedError, match="forward mode AD"):
+            lambda_attention(dual, query, query, window=9, implementation=implementation)
 
 
 def test_a_compiled_step_serves_every_place_of_the_ring():
