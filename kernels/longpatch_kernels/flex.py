@@ -1,7 +1,6 @@
 """FlexAttention as the window part of a composed Λ-attention, block masks from their bounds, not from all pairs."""
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +28,8 @@ def block_mask(
     What create_block_mask finds by looking at every pair (10 bytes each) is computed here for each pair of blocks, 128
     by 128. `filled`: whether blocks inside the window are wholly visible, so that `visible` is not asked there.
     """
-    library = importlib.import_module("torch.nn.attention.flex_attention")
+    from torch.nn.attention.flex_attention import BlockMask
+
     first = (
         torch.arange(0, queries, BLOCK, device=device)[:, None] + keys - queries
     )  # position of a block's first query
@@ -42,7 +42,7 @@ def block_mask(
         return blocks.sum(dim=-1, dtype=torch.int32)[None, None], indices.to(torch.int32)[None, None]
 
     found = *ordered(seen & ~full), *ordered(full)
-    return library.BlockMask.from_kv_blocks(*found, BLOCK, visible, seq_lengths=(queries, keys))
+    return BlockMask.from_kv_blocks(*found, BLOCK, visible, seq_lengths=(queries, keys))
 
 
 def window_mask(queries: int, keys: int, window: int, device: torch.device, first_valid: Tensor | None = None) -> Any:
@@ -69,12 +69,18 @@ def _window_mask(queries: int, keys: int, window: int, device: torch.device, fir
     return block_mask(visible, queries, keys, window, device, filled=first_valid is None)
 
 
+@functools.cache
+def _compiled() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
 class Flex:
     """PyTorch's FlexAttention, compiled. It differentiates its own log-sum-exp, so autograd may merge the two parts."""
 
     def __init__(self, attention: Callable | None = None):
-        self.library = functools.cache(lambda: importlib.import_module("torch.nn.attention.flex_attention"))
-        self.attention = attention or functools.cache(lambda: torch.compile(self.library().flex_attention))
+        self.attention = attention or _compiled
 
     def not_supported_reasons(self, inputs: LambdaInputs) -> list[str]:
         reasons = []
@@ -90,6 +96,8 @@ class Flex:
         return (out, lse) if x.far is None else compose.merge(out, lse, *compose.far_forward(x, x.far))
 
     def window(self, x: LambdaInputs) -> tuple[Tensor, Tensor]:
+        from torch.nn.attention.flex_attention import AuxRequest
+
         offset, valid, slopes, softcap = x.key_count - x.query_count, x.first_valid, x.alibi_slopes, x.softcap
 
         def changed(score, batch, head, query, key):
@@ -99,8 +107,7 @@ class Flex:
 
         mask = window_mask(x.query_count, x.key_count, x.window, x.query.device, valid)
         rule = None if softcap is None and slopes is None else changed
-        wanted = self.library().AuxRequest(lse=True)
         out, aux = self.attention()(
-            x.query, x.key, x.value, rule, mask, scale=x.scale, enable_gqa=x.group > 1, return_aux=wanted
+            x.query, x.key, x.value, rule, mask, scale=x.scale, enable_gqa=x.group > 1, return_aux=AuxRequest(lse=True)
         )
         return out, aux.lse
