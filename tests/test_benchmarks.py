@@ -105,12 +105,8 @@ def test_what_fails_is_a_row_and_costs_no_other(monkeypatch, tmp_path, capsys):
 
     written = []
     good = {"kind": "memory", "shape": "s", "name": "ours", "extra_bytes": 1}
-    measures = [
-        ("forward", lambda shape: [good]),
-        ("backward", lambda shape: broken(None, shape)),
-        ("decode", lambda shape: [good]),
-    ]
-    monkeypatch.setattr(gpu, "measurements", lambda quick, repeats: [(*entry, SMALL) for entry in measures])
+    measures = [lambda shape: [good], lambda shape: broken(None, shape), lambda shape: [good]]
+    monkeypatch.setattr(gpu, "measurements", lambda quick, repeats: [("any", entry, SMALL) for entry in measures])
     monkeypatch.setattr(gpu, "write", lambda rows, name, folder: written.append(len(rows)))
     monkeypatch.setattr(gpu, "check", lambda device: 0.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -132,9 +128,8 @@ def test_the_fastest_candidate_of_each_kernel_is_kept(monkeypatch, tmp_path):
     found = tune.tune(SMALL, 2, lambda call, repeats: [next(clock)] * repeats, "cpu")
     tuning.measured.cache_clear()
     assert json.loads((tmp_path / "tuned.json").read_text()) == found
-    assert set(found) == {
-        f"{kernel} {size} {dim}" for kernel in ("forward", "key") for size in (2, 4) for dim in (64, 128, 256)
-    }
+    assert {name.split()[0] for name in found} == {"forward", "key"}
+    assert len(found) == 2 * 2 * 3
     assert set(found.values()) == {1}
 
 
