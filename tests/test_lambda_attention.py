@@ -144,6 +144,22 @@ def test_native_reads_no_key_before_the_first_valid_one():
         torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
 
 
+@needs_compiler
+@pytest.mark.parametrize("queries", [1, 60])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_a_number_shows_where_it_is_seen(queries, value):
+    """A diverged model must not look healthy."""
+    for name, place in (("query", -1), ("key", -2), ("query_far", -1), ("key_far", 1), ("key", slice(None))):
+        call = long_call(60, 20) | {"first_valid": torch.tensor([0, 0])}
+        call |= {part: call[part][:, :, -queries:] for part in ("query", "query_far")}
+        call[name][0, 0, place] = value
+        expected = lambda_attention(**call, implementation="reference")
+        actual = lambda_attention(**call, implementation="native")
+        assert expected[0].isnan().any()
+        for mine, wanted in zip(actual, expected, strict=True):  # a log-sum-exp may be inf in one, NaN in the other
+            assert torch.equal(mine.isfinite(), wanted.isfinite()), name
+
+
 @pytest.mark.parametrize("implementation", FAST)
 @given(case=cases())
 def test_bfloat16_is_as_good_as_the_dense_version(implementation, case):
