@@ -342,6 +342,50 @@ def test_forward_mode_derivatives_are_refused(implementation):
             lambda_attention(dual, query, query, window=9, implementation=implementation)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_autocast_means_its_dtype_and_reaches_no_further(compile):
+    torch.compiler.reset()
+    attend = torch.compile(lambda_attention, fullgraph=True, backend="aot_eager") if compile else lambda_attention
+    call = long_call(60, 20)
+    tensors = {name: call[name] for name in TENSORS.split()[:6]}
+
+    def results(function, halved, autocast):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        given = {name: leaf.bfloat16() if halved else leaf for name, leaf in leaves.items()}
+        given["value"] = given["value"].bfloat16()  # as a linear layer under autocast gives it beside rotated queries
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out, lse = function(**(call | given), implementation="blocked")
+            out.float().square().sum().backward()
+        return out, lse, *(leaf.grad for leaf in leaves.values())
+
+    expected, actual = results(lambda_attention, True, False), results(attend, False, True)
+    assert actual[0].dtype == torch.bfloat16
+    for mine, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "alibi_slopes": torch.ones(6), "far_distance": 50}])
+def test_a_far_segment_of_no_keys_is_none(options):
+    call = long_call(60, 20)
+    none = {name: call[name][:, :, :0] for name in ("key_far", "value_far")}
+    none |= {"far_positions": call["far_positions"][:, :0]}
+    near = {name: call[name].clone().requires_grad_() for name in ("query", "key", "value")}
+    out, lse = lambda_attention(**(call | near | none | options))
+    (out.sum() + lse[:, :, 61:].sum()).backward()
+    options = {name: value for name, value in options.items() if name != "far_distance"}
+    wanted = lambda_attention(**near, window=20, first_valid=call["first_valid"], **options)
+    torch.testing.assert_close((out, lse), wanted)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+@pytest.mark.parametrize("window", [30, 9])
+def test_any_scale_will_do(scale, window):
+    query = torch.randn(1, 2, 30, 16)
+    found = lambda_attention(query, query, query, window=window, scale=scale)
+    wanted = lambda_attention(query, query, query, window=window, scale=scale, implementation="reference")
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_a_compiled_step_serves_every_place_of_the_ring():
     query, key, value = torch.randn(2, 4, 1, 16), *torch.randn(2, 2, 2, 40, 16)
     attend = partial(lambda_attention, query, key, value, window=30)
@@ -379,6 +423,19 @@ def test_wrong_arguments_are_all_listed():
         "ring_start",
         "softcap",
     ):
+        assert part in str(caught.value)
+    good = torch.zeros(1, 2, 4, 8)
+    far = {"query_far": good, "key_far": good, "value_far": good}
+    for changed, part in (
+        ({"query": good[:0], "key": good[:0], "value": good[:0]}, "no rows"),
+        ({"key": good[:, :0], "value": good[:, :0]}, "no heads"),
+        ({"value": good.double()}, "differ in dtype: torch.float32, torch.float32, torch.float64"),
+        ({"window": 2.5}, "window is 2.5, expected a whole number"),
+        ({"far_mask": good > 0, "far_distance": 3}, "far_mask without far keys; far_distance without far keys"),
+        (far | {"far_mask": torch.ones(1, 2, 4, 4)}, "far_mask is torch.float32, expected torch.bool"),
+    ):
+        with pytest.raises(ValueError, match="lambda_attention") as caught:
+            lambda_attention(**({"query": good, "key": good, "value": good, "window": 2} | changed))
         assert part in str(caught.value)
     with pytest.raises(
         ValueError, match="unknown; known are auto, triton, native, blocked, flash_attn, xformers, flex, reference"

@@ -1,7 +1,8 @@
 """The implementations by name, and how "auto" chooses among them.
 
 Each is a module or object with `not_supported_reasons(inputs)`, `run(inputs) -> (out, lse)`, differentiable, and, where
-the forward's results suffice for it, `gradients(inputs, out, lse, grad_out, grad_lse)` of the six `inputs.tensors`.
+the forward's results suffice for it, `gradients(inputs, out, lse, grad_out, grad_lse)` of the six `inputs.tensors`, and
+`widened(inputs)`, the inputs whose forward these gradients are of.
 """
 
 from collections.abc import Callable

@@ -20,12 +20,18 @@ def run(inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
 
 def differentiable(inputs: LambdaInputs, forward: Callable) -> tuple[Tensor, Tensor]:
     """`forward(inputs) -> (out, lse)` with the gradients below."""
-    x = inputs
-    if x.query.dtype in (torch.float16, torch.bfloat16) and autograd.wanted(x):
-        # backward takes dO·O from the output: rounded to bfloat16 it would cost the gradients 2^-9 of that sum
-        x = x.with_tensors(*(None if t is None else t.float() for t in x.tensors))
-    out, lse = autograd.differentiable(x, forward, gradients)
+    out, lse = autograd.differentiable(widened(inputs), forward, gradients)
     return out.to(inputs.query.dtype), lse
+
+
+def widened(x: LambdaInputs) -> LambdaInputs:
+    """Half precision in float32 where gradients are wanted.
+
+    Backward takes dO·O from the output: rounded to bfloat16 it would cost the gradients 2^-9 of that sum.
+    """
+    if x.query.dtype not in (torch.float16, torch.bfloat16) or not autograd.wanted(x):
+        return x
+    return x.with_tensors(*(None if t is None else t.float() for t in x.tensors))
 
 
 def algorithm(x: LambdaInputs):

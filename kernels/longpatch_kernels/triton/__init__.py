@@ -35,7 +35,6 @@ def _generation(device: torch.device) -> int:
 
 def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
     query = inputs.query
-    tensors = [tensor for tensor in inputs.tensors if tensor is not None]
     reasons = []
     if not _installed():
         reasons.append("Triton is not installed (pip install triton)")
@@ -48,8 +47,6 @@ def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
         reasons.append("Triton's interpreter computes bfloat16 products wrongly")
     if query.dtype not in DTYPES:
         reasons.append(f"dtype {query.dtype}; supported are float16, bfloat16 and float32")
-    if len({tensor.dtype for tensor in tensors}) > 1:
-        reasons.append("query, key and value differ in dtype: " + ", ".join(str(tensor.dtype) for tensor in tensors))
     if query.shape[-1] > LARGEST_HEAD:
         reasons.append(f"head size {query.shape[-1]} is above {LARGEST_HEAD}")
     if inputs.scale <= 0:
