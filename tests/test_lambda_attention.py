@@ -1,5 +1,6 @@
 """Every implementation of `lambda_attention` against the dense definition in float64: outputs and gradients."""
 
+from contextlib import ExitStack
 from functools import partial
 from unittest.mock import patch
 
@@ -12,7 +13,6 @@ from torch.autograd import forward_ad
 from longpatch_kernels import IMPLEMENTATIONS, blocked, explain, lambda_attention, native, not_supported_reasons
 from longpatch_kernels.blocked import bands
 from longpatch_kernels.compiled import TENSORS
-from longpatch_kernels.inputs import LambdaInputs
 from longpatch_kernels.native import build as compilation
 from tests.cases import build, cases, error, run
 
@@ -98,7 +98,10 @@ def test_tall_blocks_and_their_folded_keys_equal_the_definition(group, dtype):
         patch.object(bands, "TALL_ROWS", 384),
         patch.object(bands, "_two_bands", wraps=bands._two_bands) as folded,
     ):
-        {"float32": check_float32, "bfloat16": check_bfloat16}[dtype]("blocked", case)
+        if dtype == "float32":
+            check_float32("blocked", case)
+        else:
+            check_half("blocked", case, torch.bfloat16)
     assert folded.call_count > 2  # forward and backward
 
 
@@ -131,7 +134,7 @@ def test_native_decode_steps_equal_the_definition(case, threads):
 @given(case=NATIVE_CASES)
 @settings(max_examples=20)
 def test_native_bfloat16_is_as_good_as_the_dense_version(case):
-    check_bfloat16("native", case)
+    check_half("native", case, torch.bfloat16)
 
 
 @needs_compiler
@@ -163,17 +166,34 @@ def test_what_is_not_a_number_shows_where_it_is_seen(queries, value):
 @pytest.mark.parametrize("implementation", FAST)
 @given(case=cases())
 def test_bfloat16_is_as_good_as_the_dense_version(implementation, case):
-    check_bfloat16(implementation, case)
+    check_half(implementation, case, torch.bfloat16)
 
 
-def check_bfloat16(implementation, case):
-    arguments = build(case, torch.bfloat16)
+@settings(max_examples=15)
+@given(case=cases() | LONG | STEP)
+def test_float16_is_as_good_as_the_dense_version(case):
+    check_half("blocked", case, torch.float16)
+
+
+def check_half(implementation, case, dtype):
+    arguments = build(case, dtype)
     expected = run(arguments, "reference", torch.float64, case["through_lse"])
     dense = run(arguments, "reference", through_lse=case["through_lse"])
-    actual = run(arguments, implementation, through_lse=case["through_lse"])
-    for name in expected.keys() - {"lse"}:
-        bound = 2 * error(dense[name], expected[name]) + 0.004 * expected[name].abs().max().item()
-        assert error(actual[name], expected[name]) <= max(bound, 2e-5), name  # never stricter than float32's rule
+
+    def compare_with(actual, names):
+        for name in names:
+            bound = 2 * error(dense[name], expected[name]) + 0.004 * expected[name].abs().max().item()
+            assert error(actual[name], expected[name]) <= max(bound, 2e-5), name  # never stricter than float32's rule
+
+    compare_with(run(arguments, implementation, through_lse=case["through_lse"]), expected.keys() - {"lse"})
+    # with gradients it is computed in float32, without them in the dtype itself
+    with ExitStack() as stack, torch.no_grad():
+        modules = native, blocked.decode, blocked.banded, blocked.general
+        ran = [stack.enter_context(patch.object(m, "forward", wraps=m.forward)) for m in modules]
+        out, lse = lambda_attention(**arguments, implementation=implementation)
+    assert [call.args[0].query.dtype for function in ran for call in function.call_args_list] == [dtype]
+    compare_with({"out": out}, ["out"])
+    assert error(lse, expected["lse"]) < 2e-2
 
 
 @pytest.mark.parametrize("queries", [1, 50, 1100])
@@ -443,8 +463,8 @@ def test_wrong_arguments_are_all_listed():
         lambda_attention(query, query, query, window=1, implementation="magic")
 
 
-def plain_inputs():
-    return LambdaInputs(*[torch.zeros(1, 1, 64, 16)] * 3, 8, None, None, 0, 1.0, None, None)
+def native_reasons():
+    return not_supported_reasons("native", *[torch.zeros(1, 1, 64, 16)] * 3, window=8)
 
 
 @pytest.fixture
@@ -452,15 +472,13 @@ def fresh_build(monkeypatch, tmp_path):
     monkeypatch.setattr(compilation, "folder", lambda: tmp_path)
     yield monkeypatch, tmp_path
     compilation.library.cache_clear()
-    compilation.compiler.cache_clear()
 
 
 def test_without_a_compiler_it_says_so(fresh_build):
     monkeypatch, _ = fresh_build
     monkeypatch.setattr("shutil.which", lambda name: None)
     compilation.library.cache_clear()
-    compilation.compiler.cache_clear()
-    assert "no C++ compiler found; looked for c++" in not_supported_reasons("native", plain_inputs())[0]
+    assert "no C++ compiler found; looked for c++" in native_reasons()[0]
     with pytest.raises(ValueError, match="implementation 'native' cannot run: no C\\+\\+ compiler"):
         lambda_attention(*[torch.zeros(1, 1, 4, 16)] * 3, window=2, implementation="native")
     tensor = torch.zeros(1, 2, 2048, 16)
@@ -474,19 +492,36 @@ def test_what_does_not_compile_is_reported_and_leaves_nothing(fresh_build):
     broken.write_text("int f( {")
     monkeypatch.setattr(compilation, "SOURCE", broken)
     compilation.library.cache_clear()
-    assert "failed: " in not_supported_reasons("native", plain_inputs())[0]
+    assert "failed: " in native_reasons()[0]
     assert list(folder.iterdir()) == [broken]
+
+
+@needs_compiler
+def test_the_next_compiler_is_tried(fresh_build):
+    monkeypatch, folder = fresh_build
+    killed, silent = folder / "killed", folder / "silent"
+    for path, script in ((killed, "kill -9 $$"), (silent, "exit 3")):
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    monkeypatch.setattr(compilation, "COMPILERS", (str(killed), str(silent)))
+    compilation.library.cache_clear()
+    (reason,) = native_reasons()
+    assert f"{killed} failed: Command" in reason
+    assert f"{silent} failed: Command" in reason
+    monkeypatch.setattr(compilation, "COMPILERS", (str(killed), "c++", "g++"))
+    compilation.library.cache_clear()
+    assert not native_reasons()
 
 
 @needs_compiler
 def test_it_is_compiled_once(fresh_build):
     _, folder = fresh_build
     compilation.library.cache_clear()
-    assert not not_supported_reasons("native", plain_inputs())
+    assert not native_reasons()
     (made,) = folder.iterdir()
     stamp = made.stat().st_mtime_ns
     compilation.library.cache_clear()
-    assert not not_supported_reasons("native", plain_inputs())
+    assert not native_reasons()
     assert [path.stat().st_mtime_ns for path in folder.iterdir()] == [stamp]
 
 

@@ -195,8 +195,8 @@ def test_without_a_gpu_it_says_so(monkeypatch):
 
 def test_without_triton_it_says_so(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    inputs = LambdaInputs(*[torch.zeros(1, 1, 2, 16)] * 3, 2, None, None, 0, 1.0, None, None)
-    assert "Triton is not installed" in not_supported_reasons("triton", inputs)[0]
+    reasons = not_supported_reasons("triton", *[torch.zeros(1, 1, 2, 16)] * 3, window=2)
+    assert "Triton is not installed" in reasons[0]
 
 
 @pytest.mark.parametrize(("rows", "keys"), [(1, 4106), (256, 4106), (1, 5), (8, 1_000_000)])

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import compiled
 from .autograd import autocast, without_autocast
-from .implementations import IMPLEMENTATIONS, choose, explanation
+from .implementations import IMPLEMENTATIONS, choose, explanation, reasons_against
 from .inputs import checked_inputs
 
 
@@ -91,6 +91,11 @@ def lambda_attention(
         return compiled.run(inputs, name)
     with without_autocast(inputs.query.device):
         return IMPLEMENTATIONS[name].run(inputs)
+
+
+def not_supported_reasons(implementation: str, query: Tensor, key: Tensor, value: Tensor, **options) -> list[str]:
+    """Every reason why `implementation` cannot run `lambda_attention(query, key, value, **options)`; none if it can."""
+    return reasons_against(implementation, checked_inputs(query, key, value, **options))
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor, **options) -> str:
