@@ -153,12 +153,13 @@ def decode(heads: int, key_heads: int, dim: int, dtype: torch.dtype, batch: int,
         **{name: tensor.double() for name, tensor in call.items()}, **far, window=window, implementation="reference"
     )[0]
 
-    def ours():
-        return lambda_attention(**call, **far, window=window)[0]
+    def ours(implementation):
+        return lambda_attention(**call, **far, window=window, implementation=implementation)[0]
 
     return [
         Peer("sum of as many bytes", memory.sum, lambda: close(memory.sum() / 1e4, memory.double().sum() / 1e4)),
-        Peer("auto", ours, lambda: close(ours(), wanted)),
+        Peer("auto", partial(ours, "auto"), lambda: close(ours("auto"), wanted)),
+        Peer("blocked", partial(ours, "blocked"), lambda: close(ours("blocked"), wanted)),
     ]
 
 

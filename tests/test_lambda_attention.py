@@ -131,6 +131,23 @@ def test_native_decode_steps_equal_the_definition(case, threads):
 
 
 @needs_compiler
+@pytest.mark.parametrize("threads", [2, 5])
+def test_native_prefill_is_shared_by_threads(threads):
+    call = long_call(700, 200)
+    alone = lambda_attention(**call, implementation="native")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = lambda_attention(**call, implementation="native")
+    finally:
+        torch.set_num_threads(before)
+    wanted = lambda_attention(**call, implementation="reference")
+    for mine, same, theirs in zip(together, alone, wanted, strict=True):
+        torch.testing.assert_close(mine, same, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@needs_compiler
 @given(case=NATIVE_CASES)
 @settings(max_examples=20)
 def test_native_bfloat16_is_as_good_as_the_dense_version(case):

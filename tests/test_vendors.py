@@ -4,6 +4,7 @@ flash-attn and xformers need a GPU, so plain PyTorch functions of the same signa
 is everything around them. FlexAttention itself runs here, uncompiled, which gives a log-sum-exp on a CPU too.
 """
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from longpatch_kernels import IMPLEMENTATIONS, lambda_attention, vendors
+from longpatch_kernels import IMPLEMENTATIONS, lambda_attention, not_supported_reasons, vendors
 from longpatch_kernels.flex import block_mask, window_mask
 from tests.cases import build, cases, error, run
 
@@ -229,11 +230,41 @@ def test_the_library_itself(name):
     case |= {"sinks": 10, "extra_distance": 0, "ring": None, "padding": False, "far_mask": False, "softcap": None}
     arguments = build(case | {"alibi": False, "seed": 5}, torch.bfloat16)
     arguments = {n: v.cuda() if torch.is_tensor(v) else v for n, v in arguments.items()}
-    checked = {n: v.requires_grad_() if torch.is_tensor(v) else v for n, v in arguments.items()}
-    out, _ = lambda_attention(**checked, implementation="reference")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(IMPLEMENTATIONS, name, vendors.VENDORS[name])
-        if reasons := IMPLEMENTATIONS[name].not_supported_reasons(inputs(query=arguments["query"])):
+        asked = {n: v.requires_grad_() if torch.is_tensor(v) else v for n, v in arguments.items()}
+        if reasons := not_supported_reasons(name, **asked):
             pytest.skip("; ".join(reasons))
-        actual, _ = lambda_attention(**checked, implementation=name)
-    torch.testing.assert_close(actual, out, atol=3e-2, rtol=3e-2)
+        for through_lse in (False, True):
+            expected = run(arguments, "reference", torch.float64, through_lse)
+            dense = run(arguments, "reference", through_lse=through_lse)
+            actual = run(arguments, name, through_lse=through_lse)
+            for part, wanted in expected.items():
+                bound = 2 * error(dense[part], wanted) + 0.01 * wanted.abs().max().item()
+                assert error(actual[part], wanted) <= bound, part
+
+
+@pytest.mark.parametrize(
+    ("module", "stand_ins"),
+    [
+        (
+            "flash_attn.flash_attn_interface",
+            {"_flash_attn_forward": flash_forward, "_flash_attn_backward": flash_backward},
+        ),
+        (
+            "xformers.ops.fmha",
+            {
+                "memory_efficient_attention_forward_requires_grad": xformers_forward,
+                "memory_efficient_attention_backward": xformers_backward,
+            },
+        ),
+    ],
+)
+def test_stand_ins_take_what_the_libraries_take(module, stand_ins):
+    library = pytest.importorskip(module)
+    for name, stand_in in stand_ins.items():
+        theirs, ours = (inspect.signature(f).parameters for f in (getattr(library, name), stand_in))
+        for parameter in ours:
+            assert parameter in theirs, f"{module}.{name} has no {parameter}"
+            assert ours[parameter].kind == theirs[parameter].kind
+        assert all(theirs[extra].default is not inspect.Parameter.empty for extra in theirs.keys() - ours.keys())

@@ -21,7 +21,8 @@ struct BFloat16 { uint16_t bits; };
 
 constexpr Index LANES = 8, PANEL = 2 * LANES, TILE_ROWS = 6, BLOCK_ROWS = 48, BLOCK_KEYS = 128;
 constexpr Index STEP_KEYS = 32, STAGE_KEYS = 2048, STAGE_ROW = STAGE_KEYS + 16;  // of decode: converted and multiplied at once; softmax at once
-constexpr Index LEAST_CHUNK = 1024;  // queries that share one packing of their keys, at least
+constexpr Index LEAST_CHUNK = 1024;  // queries that share one packing of their keys, at least,
+constexpr Index SMALLEST_CHUNK = 5 * BLOCK_ROWS;  // unless many threads share few heads
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 // [B, H, n, d]: strides in numbers, the last axis dense
@@ -459,8 +460,13 @@ template <class T> struct Decode {
 };
 
 template <class T> static void prefill(const Call& c) {
-    Index size = std::max(LEAST_CHUNK, c.window) / BLOCK_ROWS * BLOCK_ROWS;
-    Index chunks = (c.queries + size - 1) / size, heads = c.batch * c.key_heads;
+    Index size = std::max(LEAST_CHUNK, c.window), heads = c.batch * c.key_heads;
+    if (c.threads > 1) {  // four pieces of work a thread, at the price of packing some keys more often
+        Index wanted = (4 * c.threads + heads - 1) / heads;
+        size = std::min(size, std::max(SMALLEST_CHUNK, (c.queries + wanted - 1) / wanted));
+    }
+    size = size / BLOCK_ROWS * BLOCK_ROWS;
+    Index chunks = (c.queries + size - 1) / size;
 #pragma omp parallel num_threads(c.threads)
     {
         Prefill<T> worker(c);
