@@ -16,10 +16,11 @@ from time import perf_counter, process_time
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from longpatch_kernels import lambda_attention
+from longpatch_kernels.flex import block_mask, window_mask
 
 from .interleaved import Case, Peer, measure, table
 
@@ -78,21 +79,17 @@ def flex_peers(call: dict, window: int) -> list[Peer]:
     queries, scale = query.shape[2], query.shape[3] ** -0.5
     sink_scores = scale * call["query_far"] @ call["key_far"].mT
 
-    def in_window(batch, head, i, j):
-        return (i >= j) & (i - j < window)
-
     def in_lambda(batch, head, i, j):
         return (i >= j) & ((i - j < window) | (j < SINKS))
 
     def score(score, batch, head, i, j):
         return torch.where((j < SINKS) & (i - j >= window), sink_scores[batch, head, i, j.clamp(max=SINKS - 1)], score)
 
-    def mask(rule):
-        return create_block_mask(rule, None, None, queries, queries, device="cpu")
-
+    whole_mask = block_mask(in_lambda, queries, queries, window, query.device, sinks=SINKS)
+    near_mask = window_mask(queries, queries, window, query.device)
     compiled = torch.compile(flex_attention, dynamic=False)
-    whole = partial(compiled, query, key, value, score_mod=score, block_mask=mask(in_lambda), scale=scale)
-    window_only = partial(compiled, query, key, value, block_mask=mask(in_window), scale=scale)
+    whole = partial(compiled, query, key, value, score_mod=score, block_mask=whole_mask, scale=scale)
+    window_only = partial(compiled, query, key, value, block_mask=near_mask, scale=scale)
     return [
         peer("flex Λ", torch.no_grad()(whole), call, window),
         peer("flex window only", torch.no_grad()(window_only), call, window, sinks=False),
@@ -156,12 +153,13 @@ def decode(heads: int, key_heads: int, dim: int, dtype: torch.dtype, batch: int,
         **{name: tensor.double() for name, tensor in call.items()}, **far, window=window, implementation="reference"
     )[0]
 
-    def ours():
-        return lambda_attention(**call, **far, window=window)[0]
+    def ours(implementation):
+        return lambda_attention(**call, **far, window=window, implementation=implementation)[0]
 
     return [
         Peer("sum of as many bytes", memory.sum, lambda: close(memory.sum() / 1e4, memory.double().sum() / 1e4)),
-        Peer("auto", ours, lambda: close(ours(), wanted)),
+        Peer("auto", partial(ours, "auto"), lambda: close(ours("auto"), wanted)),
+        Peer("blocked", partial(ours, "blocked"), lambda: close(ours("blocked"), wanted)),
     ]
 
 

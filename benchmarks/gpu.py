@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu [--quick] [--tune] [--out DIR]
 
-Writes `DIR/<gpu>.json`, a list of rows, and `DIR/<gpu>.md`, the same as a table. No time is taken before the result was
-compared with the dense definition on a shape that fits. Times are medians with 20th and 80th percentiles; peers are
-timed in turns with ours in one process.
+Writes `DIR/<gpu>.json`, a list of rows, and `DIR/<gpu>.md`, the same as a table, anew after every shape. No time is
+taken before the result was compared with the dense definition on a shape that fits. Times are medians with 20th and
+80th percentiles; peers are timed in turns with ours in one process. What fails becomes a row that says how.
 """
 
 import argparse
@@ -12,7 +12,8 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,6 @@ import torch
 from benchmarks.peers import PEERS
 from benchmarks.roofline import Shape, backward_flops, decode_bytes, forward_flops
 from longpatch_kernels import lambda_attention
-from longpatch_kernels.triton import tuning
 
 RESULTS = Path(__file__).parent / "results"
 PREFILL = [Shape(1, 32, 8, 128, 32_768, 4096, 10), Shape(1, 32, 8, 128, 131_072, 4096, 10)]
@@ -110,25 +110,46 @@ def rate_rows(kind: str, shape: Shape, times: dict[str, dict], amount: float, un
     ]
 
 
+def failure(kind: str, shape: Shape, name: str, error: Exception) -> dict:
+    """The row of what could not be measured."""
+    text = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+    return {"kind": kind, "shape": str(shape), "name": name, "error": text}
+
+
+def prepared_peers(arguments: dict, shape: Shape) -> tuple[dict[str, Callable], list[dict]]:
+    """Peers that run and agree with ours, or with our window alone where they compute no more; rows of the others."""
+    window_alone = {name: value for name, value in arguments.items() if not name.endswith("_far")}
+    calls, failed = {}, []
+    for name, (prepare, same) in PEERS.items():
+        try:
+            calls[name] = prepare(arguments, shape)
+            wanted, _ = lambda_attention(**(arguments if same else window_alone), implementation="triton")
+            torch.testing.assert_close(calls[name](), wanted, atol=3e-2, rtol=3e-2)
+        except Exception as error:  # must not cost the other measurements
+            calls.pop(name, None)
+            failed.append(failure("forward", shape, name, error))
+    return calls, failed
+
+
+@torch.no_grad()
 def prefill_rows(shape: Shape, repeats: int, timer: Callable = cuda_seconds) -> list[dict]:
     arguments = tensors(shape, torch.bfloat16, "cuda")
-    calls: dict[str, Callable] = {"ours": lambda: lambda_attention(**arguments, implementation="triton")}
-    with torch.no_grad():
-        for name, (prepare, same) in PEERS.items():
-            calls[name] = prepare(arguments, shape)
-            if same:
-                torch.testing.assert_close(calls[name](), calls["ours"]()[0], atol=3e-2, rtol=3e-2)
-        times = time_calls(calls, repeats, timer)
-    rows = rate_rows("forward", shape, times, forward_flops(shape), "TFLOP/s", 1e12)
-    leaves = {name: value.requires_grad_() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    peers, failed = prepared_peers(arguments, shape)
+    ours = partial(lambda_attention, **arguments, implementation="triton")
+    times = time_calls({"ours": ours} | peers, repeats, timer)
+    return rate_rows("forward", shape, times, forward_flops(shape), "TFLOP/s", 1e12) + failed
+
+
+def backward_of(arguments: dict) -> Callable:
+    """A call that computes all gradients of one forward."""
+    leaves = [value.requires_grad_() for value in arguments.values() if isinstance(value, torch.Tensor)]
     out, _ = lambda_attention(**arguments, implementation="triton")
-    upstream = torch.randn_like(out)
+    return partial(torch.autograd.grad, out, leaves, torch.randn_like(out), retain_graph=True)
 
-    def backward():
-        torch.autograd.grad(out, list(leaves.values()), upstream, retain_graph=True)
 
-    times = time_calls({"ours": backward}, repeats, timer)
-    return rows + rate_rows("backward", shape, times, backward_flops(shape), "TFLOP/s", 1e12)
+def backward_rows(shape: Shape, repeats: int, timer: Callable = cuda_seconds) -> list[dict]:
+    times = time_calls({"ours": backward_of(tensors(shape, torch.bfloat16, "cuda"))}, repeats, timer)
+    return rate_rows("backward", shape, times, backward_flops(shape), "TFLOP/s", 1e12)
 
 
 def decode_rows(shape: Shape, repeats: int, timer: Callable = cuda_seconds) -> list[dict]:
@@ -147,7 +168,7 @@ def decode_rows(shape: Shape, repeats: int, timer: Callable = cuda_seconds) -> l
     return rate_rows("decode", shape, times, moved, "TB/s", 1e12)
 
 
-def memory_row(shape: Shape = MILLION) -> dict:
+def memory_rows(shape: Shape) -> list[dict]:
     """Peak extra memory of one long prefill, beside its inputs and results."""
     arguments = tensors(shape, torch.bfloat16, "cuda")
     torch.cuda.reset_peak_memory_stats()
@@ -156,28 +177,7 @@ def memory_row(shape: Shape = MILLION) -> dict:
         out, lse = lambda_attention(**arguments, implementation="triton")
     results = out.numel() * out.element_size() + lse.numel() * lse.element_size()
     extra = torch.cuda.max_memory_allocated() - before - results
-    return {"kind": "memory", "shape": str(shape), "name": "ours", "extra_bytes": extra}
-
-
-def tune(shape: Shape, repeats: int, timer: Callable = cuda_seconds) -> None:
-    """Time the candidates for forward and decode on this chip, and leave the winners where `tuning` finds them."""
-    chip = tuning.chip(torch.device("cuda"))
-    winners = {}
-    for dim in (64, 128):
-        prefill = tensors(shape._replace(dim=dim), torch.bfloat16, "cuda")
-        step = tensors(shape._replace(dim=dim, tokens=1), torch.bfloat16, "cuda", keys=shape.window + 64)
-        for kernel, arguments in (("forward", prefill), ("decode", step)):
-            key, found = tuning.measured_key(kernel, 2, dim), tuning.candidates(kernel, chip, 2, dim)
-            seconds = []
-            for index in range(len(found)):
-                tuning.measured(chip)[key] = index
-                with torch.no_grad():
-                    call = {"ours": lambda arguments=arguments: lambda_attention(**arguments, implementation="triton")}
-                    seconds.append(time_calls(call, repeats, timer)["ours"]["seconds"])
-            winners[key] = tuning.measured(chip)[key] = seconds.index(min(seconds))
-    path = tuning.measured_path(chip)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(winners, indent=1), encoding="utf-8")
+    return [{"kind": "memory", "shape": str(shape), "name": "ours", "extra_bytes": extra}]
 
 
 def table(rows: list[dict]) -> str:
@@ -187,7 +187,9 @@ def table(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        if "seconds" in row:
+        if "error" in row:
+            times, rate, relative = "", f"failed: {row['error']}", ""
+        elif "seconds" in row:
             times = f"{row['seconds'] * 1e3:.3f} ({row['p20'] * 1e3:.3f}, {row['p80'] * 1e3:.3f})"
             rate, relative = f"{row['rate']:.3g} {row['unit']}", f"{row['relative']:.2f}x"
         else:
@@ -221,17 +223,31 @@ def main(arguments: list[str] | None = None) -> int:
     repeats = 5 if options.quick else 30
     print(f"largest error against float64: {check('cuda'):.3g} of the largest value")
     if options.tune:
+        from benchmarks.tune import tune
+
         tune(PREFILL[0]._replace(tokens=QUICK_TOKENS), repeats)
     rows = []
-    for shape in [PREFILL[0]._replace(tokens=QUICK_TOKENS)] if options.quick else PREFILL:
-        rows += prefill_rows(shape, repeats)
-    for shape in DECODE:
-        rows += decode_rows(shape, repeats)
-    if not options.quick:
-        rows.append(memory_row())
+    for kind, measure, shape in measurements(options.quick, repeats):
+        try:
+            rows += measure(shape)
+        except Exception as error:  # one shape that does not fit must not cost the others
+            rows.append(failure(kind, shape, "ours", error))
+        path = write(rows, torch.cuda.get_device_name(), options.out)
+        torch.cuda.empty_cache()
     print(table(rows))
-    print(f"written to {write(rows, torch.cuda.get_device_name(), options.out)}")
-    return 0
+    print(f"written to {path}")
+    return int(any(row["name"] == "ours" and "error" in row for row in rows))
+
+
+def measurements(quick: bool, repeats: int) -> Iterator[tuple[str, Callable, Shape]]:
+    """What is measured, how, and the shape."""
+    for shape in [PREFILL[0]._replace(tokens=QUICK_TOKENS)] if quick else PREFILL:
+        yield "forward", partial(prefill_rows, repeats=repeats), shape
+        yield "backward", partial(backward_rows, repeats=repeats), shape
+    for shape in DECODE:
+        yield "decode", partial(decode_rows, repeats=repeats), shape
+    if not quick:
+        yield "memory", memory_rows, MILLION
 
 
 if __name__ == "__main__":

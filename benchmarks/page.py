@@ -15,7 +15,8 @@ HEAD = """\
 Written by `python -m benchmarks.evaluations write` from the records in `benchmarks/results/evaluations`; BOOKS is a
 folder with books of PG19's test split. float32 on a CPU. Columns: L/G is converted with window L and G sinks, fresh:W
 the same text in windows of W tokens that know nothing of each other. Published figures are other models', as their
-authors give them. Intervals in brackets are 95 %, by bootstrap over documents.
+authors give them. Intervals in brackets are 95 %: Wilson's for shares, else by bootstrap over samples. The last span of
+older records is named by where the text ended, of newer ones by its edge.
 """
 SKIPPED = ("bits_per_byte", "nll_variance", "cache", "perplexity, geometric mean of documents")
 
@@ -47,7 +48,7 @@ def section(measurement: Measurement, results: Path, figures: Path) -> str:
         draw(figures / f"{measurement.name}.png", rows)
         lines.append(f"![{measurement.title}](figures/{measurement.name}.png)\n")
     links = ", ".join(f"[{path.name}](../benchmarks/results/{path.relative_to(results)})" for path in paths)
-    commits = ", ".join(sorted({str(record["commit"]) for record in records}))
+    commits = ", ".join(sorted({record["commit"] or "(not recorded)" for record in records}))
     return "\n".join([*lines, f"Records: {links}, commit {commits}.\n"])
 
 

@@ -3,8 +3,10 @@
 from collections.abc import Callable
 
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks.roofline import Shape
+from longpatch_kernels.flex import block_mask, window_mask
 
 
 def torch_flash_window(arguments: dict, shape: Shape) -> Callable:
@@ -24,19 +26,12 @@ def torch_flash_window(arguments: dict, shape: Shape) -> Callable:
 
 def flex_window(arguments: dict, shape: Shape) -> Callable:
     """FlexAttention, compiled, with the window as a block mask; no sinks."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def visible(batch, head, query, key):
-        return (query >= key) & (query - key < shape.window)
-
-    mask = create_block_mask(visible, None, None, shape.tokens, shape.tokens, device="cuda")
-    return _flex(flex_attention, arguments, shape, mask, None)
+    mask = window_mask(shape.tokens, shape.tokens, shape.window, arguments["query"].device)
+    return _flex(arguments, shape, mask, None)
 
 
 def flex_lambda(arguments: dict, shape: Shape) -> Callable:
     """FlexAttention computing the whole of Λ-attention in one call: the sinks' scores are looked up by `score_mod`."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
     group = shape.heads // shape.key_heads
     far_keys = arguments["key_far"].repeat_interleave(group, dim=1)
     far_scores = (arguments["query_far"] @ far_keys.mT).float() * shape.dim**-0.5  # [B, H, n, G]
@@ -49,11 +44,12 @@ def flex_lambda(arguments: dict, shape: Shape) -> Callable:
         sink = torch.where(key < shape.sinks, key, 0)
         return torch.where(far, far_scores[batch, head, query, sink].to(score.dtype), score)
 
-    mask = create_block_mask(visible, None, None, shape.tokens, shape.tokens, device="cuda")
-    return _flex(flex_attention, arguments, shape, mask, rescored)
+    device = arguments["query"].device
+    mask = block_mask(visible, shape.tokens, shape.tokens, shape.window, device, sinks=shape.sinks)
+    return _flex(arguments, shape, mask, rescored)
 
 
-def _flex(flex_attention, arguments, shape, mask, rule) -> Callable:
+def _flex(arguments: dict, shape: Shape, mask, rule) -> Callable:
     compiled = torch.compile(flex_attention)
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
     return lambda: compiled(query, key, value, rule, mask, enable_gqa=shape.heads > shape.key_heads)

@@ -8,7 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .errors import LongpatchError
+
 DESCRIBE = ("describe", "--always", "--dirty=+", "--exclude=*")
+FIELDS = ("command", "model", "settings", "metric", "value", "unit", "n")
+SUPPORTED = "JSON lines as --out writes them"
 VERSIONED = ("longpatch", "torch", "transformers")
 
 
@@ -40,7 +44,27 @@ def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """What `write_records` wrote.
+
+    Raises:
+        LongpatchError: for a file that cannot be read, naming the line that is no record.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LongpatchError("records", [f"{path} cannot be read: {error}"], SUPPORTED) from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+            missing = [name for name in FIELDS if name not in records[-1]]
+        except (ValueError, TypeError, RecursionError) as error:
+            raise LongpatchError("records", [f"{path}:{number} is no JSON object: {error}"], SUPPORTED) from error
+        if missing:
+            raise LongpatchError("records", [f"{path}:{number} has no {', '.join(missing)}"], SUPPORTED)
+    return records
 
 
 @functools.cache

@@ -65,7 +65,7 @@ def build(case, dtype):
     return arguments
 
 
-def run(arguments, implementation, dtype=None, through_lse=True):
+def run(arguments, implementation, dtype=None, through_lse=True, attention=lambda_attention):
     """Output, log-sum-exp and the gradients of every floating-point tensor that takes part in the attention."""
     arguments = dict(arguments)
     leaves = {}
@@ -74,7 +74,7 @@ def run(arguments, implementation, dtype=None, through_lse=True):
             arguments[name] = value.to(dtype or value.dtype).detach()
             if name != "alibi_slopes":
                 leaves[name] = arguments[name].requires_grad_()
-    out, lse = lambda_attention(**arguments, implementation=implementation)
+    out, lse = attention(**arguments, implementation=implementation)
     generator = torch.Generator().manual_seed(0)
     loss = (out * torch.randn(out.shape, generator=generator).to(out)).sum()
     if through_lse:

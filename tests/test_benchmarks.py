@@ -10,6 +10,7 @@ from benchmarks import evaluations, gpu, page
 from benchmarks.measurements import MEASUREMENTS
 from benchmarks.roofline import Shape, backward_flops, decode_bytes, forward_flops, pairs, prefill_bytes
 from longpatch.results import read_records, record, write_records
+from longpatch_kernels.triton import tuning
 
 SMALL = Shape(1, 4, 2, 16, 40, 9, 3)
 
@@ -79,6 +80,57 @@ def test_times_take_turns_and_become_a_table(tmp_path):
     assert lines[2].startswith("| forward | B1 H4/2 d16 n40 L9 G3 | ours | 4.000 (")
     assert lines[3].endswith("| 1.25x |")
     assert "1.0 MiB extra" in lines[4]
+
+
+def test_what_fails_is_a_row_and_costs_no_other(monkeypatch, tmp_path, capsys):
+    def broken(arguments, shape):
+        raise RuntimeError("out of memory\nand more")
+
+    def wrong(arguments, shape):
+        return lambda: torch.zeros_like(arguments["query"])
+
+    def window_only(arguments, shape):
+        return lambda: honest(*(arguments[name] for name in ("query", "key", "value")), window=shape.window)[0]
+
+    honest = gpu.lambda_attention
+    arguments = gpu.tensors(SMALL, torch.float32, "cpu")
+    monkeypatch.setattr(gpu, "lambda_attention", lambda implementation, **rest: honest(**rest))
+    monkeypatch.setattr(
+        gpu, "PEERS", {"broken": (broken, True), "wrong": (wrong, True), "window": (window_only, False)}
+    )
+    calls, failed = gpu.prepared_peers(arguments, SMALL)
+    assert list(calls) == ["window"]
+    assert [row["name"] for row in failed] == ["broken", "wrong"]
+    assert failed[0]["error"] == "RuntimeError: out of memory"
+
+    written = []
+    good = {"kind": "memory", "shape": "s", "name": "ours", "extra_bytes": 1}
+    measures = [lambda shape: [good], lambda shape: broken(None, shape), lambda shape: [good]]
+    monkeypatch.setattr(gpu, "measurements", lambda quick, repeats: [("any", entry, SMALL) for entry in measures])
+    monkeypatch.setattr(gpu, "write", lambda rows, name, folder: written.append(len(rows)))
+    monkeypatch.setattr(gpu, "check", lambda device: 0.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    assert gpu.main([]) == 1
+    assert written == [1, 2, 3]
+    assert "failed: RuntimeError: out of memory |" in capsys.readouterr().out
+
+
+def test_the_fastest_candidate_of_each_kernel_is_kept(monkeypatch, tmp_path):
+    from benchmarks import tune
+
+    order = []
+    two = [tuning.INTERPRETED, tuning.INTERPRETED]
+    monkeypatch.setattr(tuning, "candidates", lambda kernel, *about: two if kernel in ("forward", "key") else two[:1])
+    monkeypatch.setattr(tuning, "measured_path", lambda chip: tmp_path / "tuned.json")
+    monkeypatch.setattr(tune, "_call", lambda kernel, *about: lambda: order.append(tuning.measured("interpreter")))
+    clock = count(9, -1)
+    found = tune.tune(SMALL, 2, lambda call, repeats: [next(clock)] * repeats, "cpu")
+    tuning.measured.cache_clear()
+    assert json.loads((tmp_path / "tuned.json").read_text()) == found
+    assert {name.split()[0] for name in found} == {"forward", "key"}
+    assert len(found) == 2 * 2 * 3
+    assert set(found.values()) == {1}
 
 
 def test_the_page_of_results_shows_every_record_with_its_command(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from longpatch.cli.eval import COMMANDS
 from longpatch.demo import load
 from longpatch.evaluation.metrics import bleu, comet, sentence_bleu, similarity
 from longpatch.evaluation.prompts import Answerer
+from longpatch.temp_lora.learner import Learner
 from tests.evaluating import STORY, WINDOW, values, write_rows
 
 OWN_FLAGS = ("temp-lora",)  # it keeps its state, and compares with its base, in ways of its own
@@ -118,7 +119,10 @@ def test_needles_rescored_without_a_model(ask, tmp_path, endpoint, prompts, monk
     arms = ["--baseline", "constant:eat a sandwich"]
     placed = ["--lengths", "192", "--depths", "0,0.5", "--new-tokens", "4"]
     own = ["--needle", " He ate a sandwich.", "--question", " What did he eat?", "--target", "a sandwich"]
-    records = ask("needle", "demo", tmp_path, *WINDOW, *placed, *arms, *own)
+    address, asked = endpoint
+    judged = ["--judge", address, "--judge-key", "x"]
+    records = ask("needle", "demo", tmp_path, *WINDOW, *placed, *arms, *own, *judged)
+    assert values(records, "judge") == [0, 0, 1, 1]
     assert all(
         prompt.count("He ate a sandwich. ") == prompt.count("What did he eat?\nAnswer:") == 1 for prompt in prompts
     )
@@ -129,13 +133,17 @@ def test_needles_rescored_without_a_model(ask, tmp_path, endpoint, prompts, monk
         raise AssertionError("a model was opened")
 
     monkeypatch.setattr("longpatch.cli.flags.load_model", no_model)
-    address, asked = endpoint
-    judged = ["--rescore", "out.jsonl", "--metrics", "match", "--target", "eat", "--judge", address, "--judge-key", "x"]
+    judged += ["--rescore", "out.jsonl", "--metrics", "match", "--target", "eat"]
     again = ask("needle", "demo", *judged, out="again.jsonl")
     assert values(again, "match") == [0, 0, 1, 1]
     assert values(again, "judge") == [0, 0, 1, 1]
     assert not values(again, "rougeL")
-    assert [r["detail"] for r in again[::3]] == [r["detail"] for r in records[::3]]
+    assert [r["detail"] for r in again[::3]] == [r["detail"] | {"target": "eat"} for r in records[::4]]
+    own = ask("needle", "demo", "--rescore", "out.jsonl", out="own.jsonl")  # by what each was asked
+    assert [(r["metric"], r["value"], r["detail"]) for r in own] == [
+        (r["metric"], r["value"], r["detail"]) for r in records if r["metric"] != "judge"
+    ]
+    assert len(ask("needle", "demo", *judged, "--limit", "1", out="one.jsonl")) == 3
     assert {path for path, _, _ in asked} == {"/v1/chat/completions"}
     assert {key for _, key, _ in asked} == {"Bearer x"}
 
@@ -165,7 +173,7 @@ def test_questions_get_the_best_of_their_references(ask, tmp_path, prompts):
     arguments = ["--new-tokens", "2", "--context-tokens", "20", "--baseline", "constant:A light</Answer> there"]
     found = ask("qa", "demo", "rows.jsonl", *WINDOW, *arguments)
     assert [r["value"] for r in found if r["settings"]["arm"].startswith("constant")] == [1, 1]
-    assert found[-1]["sample"] == {"row": "q"}
+    assert found[-1]["sample"]["row"] == "q"
     _, tokenizer = load()
     ids = tokenizer.encode(STORY * 4, add_special_tokens=False)
     kept = " ".join(tokenizer.decode(part) for part in (ids[:10], ids[-10:]))
@@ -205,20 +213,30 @@ def test_bleu_of_languages_without_blanks():
 SEGMENTS = [{"zh": f"看，第{number}条船", "en": f"Look, the ship number {number} goes home"} for number in range(4)]
 
 
-def test_translations_by_the_base_and_by_an_adapter(ask, tmp_path):
+def test_translations_by_the_base_and_by_an_adapter(ask, tmp_path, monkeypatch):
     """They agree until something was learned; then, on a document that repeats itself, the adapter knows better."""
     pytest.importorskip("sacrebleu", reason="needs the extra [eval]")
     context = {"k3": [{"zh": "前面", "en": "before"}]}
     (tmp_path / "guofeng.json").write_text(json.dumps([{"contexts": context, "inference": SEGMENTS}]))
     learn = ["--temp-lora", "--rank", "8", "--learning-rate", "5e-3", "--dropout", "0", "--epochs", "4"]
-    arguments = ["--pairs", "1", "--new-tokens", "4", "--baseline", "constant:home"]
+    learned, learn_pair = [], Learner.learn
+
+    def remember(self, context, ids):
+        learned.append(context[0])
+        return learn_pair(self, context, ids)
+
+    monkeypatch.setattr(Learner, "learn", remember)
+    arguments = ["--pairs", "1", "--new-tokens", "4", "--baseline", "truncate:16,constant:home"]
     records = ask("translation", "demo", "guofeng.json", *WINDOW, *learn, *arguments)
     nll = {}
     for record in records:
         if record["metric"] == "nll":
             nll.setdefault((record["settings"]["arm"], record["settings"]["translator"]), []).append(record["value"])
     base, adapted = nll["64/4", "base"], nll["64/4", "temp-lora"]
-    assert list(nll) == [("64/4", "base"), ("64/4", "temp-lora"), ("constant:home", "base")]
+    assert list(nll) == [(arm, way) for arm in ("64/4", "truncate:16") for way in ("base", "temp-lora")]
+    cut = [abs(a - b) for a, b in zip(base, nll["truncate:16", "base"], strict=True)]
+    assert min(cut) > 0.01
+    assert all(len(shown) <= 16 for shown in learned[len(learned) // 2 :])
     assert adapted[0] == base[0]
     assert adapted[3] < base[3] - 0.2
     shown = {r["settings"]["translator"] for r in records if r["metric"] == "bleu"}

@@ -10,10 +10,12 @@ from torch.nn.functional import cross_entropy
 from longpatch import LongpatchError, convert_llama_model
 from longpatch.demo import load
 from longpatch.evaluation.arms import Arm
+from longpatch.evaluation.cachefile import load_cache, save_cache
 from longpatch.evaluation.documents import Document, read_documents
 from longpatch.evaluation.perplexity import bits_per_byte, perplexity, sliding_scores, stream_nll, window_nll
 from longpatch.evaluation.reading import Moments, Reading, document_samples, doubling_edges, measure_positions
 from longpatch.evaluation.run import Sample, Work
+from tests.families import tiny_model
 from tests.tiny import random_ids, tiny_llama
 
 BOS = 0
@@ -39,12 +41,10 @@ def test_a_streamed_text_is_scored_as_in_one_forward(converted, chunk):
 def test_fresh_windows_know_nothing_of_each_other(bos):
     model, ids, window = tiny_llama(), random_ids(1, 50)[0], 16
     actual = torch.cat(list(window_nll(model, ids, window, bos, batch=2)))
-    stride = window if bos is None else window - 1
-    pieces = ids.split(stride)
-    if bos is not None:
-        pieces = [torch.cat((torch.tensor([bos]), piece)) for piece in pieces]
-        assert len(actual) == len(ids)
-    expected = torch.cat([dense(model, piece) for piece in pieces])
+    before = ids[:-1:15] if bos is None else [torch.tensor(bos)] * 4
+    pieces = zip(before, ids[1:].split(window - 1), strict=True)
+    expected = torch.cat([dense(model, torch.cat((first[None], piece))) for first, piece in pieces])
+    assert len(actual) == len(ids) - 1
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -90,11 +90,28 @@ def test_spans_are_spans_of_the_same_tokens(demo):
         assert span.detail["variance"] == pytest.approx(variance, rel=1e-3)
 
 
+def test_texts_that_end_in_a_span_are_pooled_with_the_others(demo):
+    model, tokenizer = demo
+    for length in (60, 90, 130):
+        (sample,) = document_samples([document()], tokenizer, length)
+        found = measured(model, tokenizer, sample, edges=(0, 50, 130))
+        span = found["nll", 50]
+        assert (span.settings["stop"], span.n) == (130, length - 51)
+
+
+def test_texts_without_a_token_to_predict_are_refused(demo):
+    texts = [document(), Document("empty", ""), Document("b", "more")]
+    with pytest.raises(LongpatchError, match="documents: empty has no token to predict"):
+        document_samples(texts, demo[1], None)
+    with pytest.raises(LongpatchError, match="a has no token to predict; empty has"):
+        document_samples(texts, demo[1], 1)
+
+
 def test_fresh_arms_score_the_same_tokens(demo):
     model, tokenizer = demo
     (sample,) = document_samples([document()], tokenizer, 200)
     found = measured(model, tokenizer, sample, Arm("fresh:64", window=64))
-    expected = torch.cat(list(window_nll(model, sample.content["ids"][1:], 64, tokenizer.bos_token_id)))
+    expected = torch.cat(list(window_nll(model, sample.content["ids"], 64, tokenizer.bos_token_id)))
     assert found["nll_document", None].n == 199
     assert found["nll_document", None].value == pytest.approx(expected.double().mean().item(), rel=1e-6)
 
@@ -105,10 +122,17 @@ def test_a_text_read_again_and_again(demo):
     assert torch.equal(thrice, torch.cat((once, once[1:], once[1:])))
 
 
+def test_as_many_tokens_as_asked_for_where_each_is_long(demo):
+    text = " " * 20_000 + "The ship went on."
+    ids = Document("a", text).ids(demo[1])
+    assert 200 < len(ids) < 20_000 / 16
+    assert torch.equal(Document("a", text).ids(demo[1], 200), ids[:200])
+
+
 def test_doubling_spans():
-    assert doubling_edges(256, 4096) == (0, 256, 512, 1024, 2048)
-    assert doubling_edges(256, 257) == (0, 256)
-    assert doubling_edges(256, 100) == (0,)
+    assert doubling_edges(256, 4096) == (0, 256, 512, 1024, 2048, 4096)
+    assert doubling_edges(256, 257) == (0, 256, 512)
+    assert doubling_edges(256, 100) == (0, 256)
 
 
 def test_moments_do_not_depend_on_the_cut():
@@ -158,6 +182,11 @@ def test_documents(tmp_path, demo):
     assert [d.name for d in found] == ["first", "b.txt", "c.bin"]
     assert torch.equal(found[2].ids(demo[1], 5), ids[:5])
     assert [d.name for d in read_documents([tmp_path], start=1, limit=1)] == ["b.txt"]
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "b.txt").write_text("another two", encoding="utf-8")
+    same = read_documents([tmp_path / "b.txt", tmp_path / "more"])
+    assert [d.identity["document"] for d in same] == ["b.txt"] * 2
+    assert len({d.identity["digest"] for d in [*found, *same]}) == 4
     with pytest.raises(LongpatchError, match="nowhere"):
         read_documents([tmp_path / "nowhere.txt"])
     with pytest.raises(LongpatchError, match="past the last of 3"):
@@ -194,6 +223,17 @@ def test_reading_goes_on_where_it_was_killed(tmp_path, demo):
     assert resumed == undisturbed
     assert ticks[0] == read
     assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("name", ["mistral-sliding", "qwen2-mixed", "gptj"])
+def test_a_saved_cache_goes_on_where_layers_slide(tmp_path, name):
+    model, ids = tiny_model(name), random_ids(1, 60)[0]
+    whole = torch.cat([chunk.nll for chunk in stream_nll(model, ids, 10)])
+    *_, (read, cache) = [(chunk.start + 10, chunk.cache) for chunk in stream_nll(model, ids[:51], 10)]
+    save_cache(cache, tmp_path / "cache.safetensors")
+    again = load_cache(model, tmp_path / "cache.safetensors")
+    rest = torch.cat([chunk.nll for chunk in stream_nll(model, ids[read:], 10, again)])
+    assert torch.equal(rest, whole[read:])
 
 
 def test_the_state_of_another_document_is_not_taken(tmp_path, demo):

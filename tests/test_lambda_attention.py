@@ -1,5 +1,6 @@
 """Every implementation of `lambda_attention` against the dense definition in float64: outputs and gradients."""
 
+from contextlib import ExitStack
 from functools import partial
 from unittest.mock import patch
 
@@ -7,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from longpatch_kernels import IMPLEMENTATIONS, blocked, explain, lambda_attention, native, not_supported_reasons
 from longpatch_kernels.blocked import bands
 from longpatch_kernels.compiled import TENSORS
-from longpatch_kernels.inputs import LambdaInputs
 from longpatch_kernels.native import build as compilation
 from tests.cases import build, cases, error, run
 
@@ -97,7 +98,10 @@ def test_tall_blocks_and_their_folded_keys_equal_the_definition(group, dtype):
         patch.object(bands, "TALL_ROWS", 384),
         patch.object(bands, "_two_bands", wraps=bands._two_bands) as folded,
     ):
-        {"float32": check_float32, "bfloat16": check_bfloat16}[dtype]("blocked", case)
+        if dtype == "float32":
+            check_float32("blocked", case)
+        else:
+            check_half("blocked", case, torch.bfloat16)
     assert folded.call_count > 2  # forward and backward
 
 
@@ -127,10 +131,27 @@ def test_native_decode_steps_equal_the_definition(case, threads):
 
 
 @needs_compiler
+@pytest.mark.parametrize("threads", [2, 5])
+def test_native_prefill_is_shared_by_threads(threads):
+    call = long_call(700, 200)
+    alone = lambda_attention(**call, implementation="native")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = lambda_attention(**call, implementation="native")
+    finally:
+        torch.set_num_threads(before)
+    wanted = lambda_attention(**call, implementation="reference")
+    for mine, same, theirs in zip(together, alone, wanted, strict=True):
+        torch.testing.assert_close(mine, same, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@needs_compiler
 @given(case=NATIVE_CASES)
 @settings(max_examples=20)
 def test_native_bfloat16_is_as_good_as_the_dense_version(case):
-    check_bfloat16("native", case)
+    check_half("native", case, torch.bfloat16)
 
 
 @needs_compiler
@@ -143,20 +164,53 @@ def test_native_reads_no_key_before_the_first_valid_one():
         torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=1e-5)
 
 
+@needs_compiler
+@pytest.mark.parametrize("queries", [1, 60])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_a_number_shows_where_it_is_seen(queries, value):
+    """A diverged model must not look healthy."""
+    for name, place in (("query", -1), ("key", -2), ("query_far", -1), ("key_far", 1), ("key", slice(None))):
+        call = long_call(60, 20) | {"first_valid": torch.tensor([0, 0])}
+        call |= {part: call[part][:, :, -queries:] for part in ("query", "query_far")}
+        call[name][0, 0, place] = value
+        expected = lambda_attention(**call, implementation="reference")
+        actual = lambda_attention(**call, implementation="native")
+        assert expected[0].isnan().any()
+        for mine, wanted in zip(actual, expected, strict=True):  # a log-sum-exp may be inf in one, NaN in the other
+            assert torch.equal(mine.isfinite(), wanted.isfinite()), name
+
+
 @pytest.mark.parametrize("implementation", FAST)
 @given(case=cases())
 def test_bfloat16_is_as_good_as_the_dense_version(implementation, case):
-    check_bfloat16(implementation, case)
+    check_half(implementation, case, torch.bfloat16)
 
 
-def check_bfloat16(implementation, case):
-    arguments = build(case, torch.bfloat16)
+@settings(max_examples=15)
+@given(case=cases() | LONG | STEP)
+def test_float16_is_as_good_as_the_dense_version(case):
+    check_half("blocked", case, torch.float16)
+
+
+def check_half(implementation, case, dtype):
+    arguments = build(case, dtype)
     expected = run(arguments, "reference", torch.float64, case["through_lse"])
     dense = run(arguments, "reference", through_lse=case["through_lse"])
-    actual = run(arguments, implementation, through_lse=case["through_lse"])
-    for name in expected.keys() - {"lse"}:
-        bound = 2 * error(dense[name], expected[name]) + 0.004 * expected[name].abs().max().item()
-        assert error(actual[name], expected[name]) <= max(bound, 2e-5), name  # never stricter than float32's rule
+
+    def compare_with(actual, names):
+        for name in names:
+            bound = 2 * error(dense[name], expected[name]) + 0.004 * expected[name].abs().max().item()
+            assert error(actual[name], expected[name]) <= max(bound, 2e-5), name  # never stricter than float32's rule
+
+    compare_with(run(arguments, implementation, through_lse=case["through_lse"]), expected.keys() - {"lse"})
+    # with gradients it is computed in float32, without them in the dtype itself
+    with ExitStack() as stack, torch.no_grad():
+        modules = native, blocked.decode, blocked.banded, blocked.general
+        ran = [stack.enter_context(patch.object(m, "forward", wraps=m.forward)) for m in modules]
+        out, lse = lambda_attention(**arguments, implementation=implementation)
+    assert [call.args[0].query.dtype for function in ran for call in function.call_args_list] == [dtype]
+    compare_with({"out": out}, ["out"])
+    assert error(lse, expected["lse"]) < 2e-2
 
 
 @pytest.mark.parametrize("queries", [1, 50, 1100])
@@ -299,6 +353,76 @@ def test_compile_as_one_graph_forward_and_backward(implementation):
             torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["blocked", pytest.param("native", marks=needs_compiler)])
+@pytest.mark.parametrize("queries", [1, 60])
+def test_second_derivatives_are_exact_too(implementation, queries):
+    """A penalty on gradients is part of a loss like any other."""
+    call = long_call(60, 20)
+    tensors = {name: call[name][:, :, -queries:] if "query" in name else call[name] for name in TENSORS.split()[:6]}
+    found = []
+    for name, dtype in ((implementation, torch.float32), ("reference", torch.float64)):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors.values()]
+        arguments = dict(zip(tensors, leaves, strict=True))
+        out, lse = lambda_attention(**arguments, window=20, implementation=name)
+        first = torch.autograd.grad(out.sum() + lse.square().sum(), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("implementation", ["blocked", pytest.param("native", marks=needs_compiler)])
+def test_forward_mode_derivatives_are_refused(implementation):
+    query = torch.randn(1, 2, 30, 16)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, torch.ones_like(query))
+        with pytest.raises(NotImplementedError, match="forward mode AD"):
+            lambda_attention(dual, query, query, window=9, implementation=implementation)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_autocast_means_its_dtype_and_reaches_no_further(compile):
+    torch.compiler.reset()
+    attend = torch.compile(lambda_attention, fullgraph=True, backend="aot_eager") if compile else lambda_attention
+    call = long_call(60, 20)
+    tensors = {name: call[name] for name in TENSORS.split()[:6]}
+
+    def results(function, halved, autocast):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        given = {name: leaf.bfloat16() if halved else leaf for name, leaf in leaves.items()}
+        given["value"] = given["value"].bfloat16()  # as a linear layer under autocast gives it beside rotated queries
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out, lse = function(**(call | given), implementation="blocked")
+            out.float().square().sum().backward()
+        return out, lse, *(leaf.grad for leaf in leaves.values())
+
+    expected, actual = results(lambda_attention, True, False), results(attend, False, True)
+    assert actual[0].dtype == torch.bfloat16
+    for mine, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "alibi_slopes": torch.ones(6), "far_distance": 50}])
+def test_a_far_segment_of_no_keys_is_none(options):
+    call = long_call(60, 20)
+    none = {name: call[name][:, :, :0] for name in ("key_far", "value_far")}
+    none |= {"far_positions": call["far_positions"][:, :0]}
+    near = {name: call[name].clone().requires_grad_() for name in ("query", "key", "value")}
+    out, lse = lambda_attention(**(call | near | none | options))
+    (out.sum() + lse[:, :, 61:].sum()).backward()
+    options = {name: value for name, value in options.items() if name != "far_distance"}
+    wanted = lambda_attention(**near, window=20, first_valid=call["first_valid"], **options)
+    torch.testing.assert_close((out, lse), wanted)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+@pytest.mark.parametrize("window", [30, 9])
+def test_any_scale_will_do(scale, window):
+    query = torch.randn(1, 2, 30, 16)
+    found = lambda_attention(query, query, query, window=window, scale=scale)
+    wanted = lambda_attention(query, query, query, window=window, scale=scale, implementation="reference")
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_a_compiled_step_serves_every_place_of_the_ring():
     query, key, value = torch.randn(2, 4, 1, 16), *torch.randn(2, 2, 2, 40, 16)
     attend = partial(lambda_attention, query, key, value, window=30)
@@ -337,14 +461,27 @@ def test_wrong_arguments_are_all_listed():
         "softcap",
     ):
         assert part in str(caught.value)
+    good = torch.zeros(1, 2, 4, 8)
+    far = {"query_far": good, "key_far": good, "value_far": good}
+    for changed, part in (
+        ({"query": good[:0], "key": good[:0], "value": good[:0]}, "no rows"),
+        ({"key": good[:, :0], "value": good[:, :0]}, "no heads"),
+        ({"value": good.double()}, "differ in dtype: torch.float32, torch.float32, torch.float64"),
+        ({"window": 2.5}, "window is 2.5, expected a whole number"),
+        ({"far_mask": good > 0, "far_distance": 3}, "far_mask without far keys; far_distance without far keys"),
+        (far | {"far_mask": torch.ones(1, 2, 4, 4)}, "far_mask is torch.float32, expected torch.bool"),
+    ):
+        with pytest.raises(ValueError, match="lambda_attention") as caught:
+            lambda_attention(**({"query": good, "key": good, "value": good, "window": 2} | changed))
+        assert part in str(caught.value)
     with pytest.raises(
         ValueError, match="unknown; known are auto, triton, native, blocked, flash_attn, xformers, flex, reference"
     ):
         lambda_attention(query, query, query, window=1, implementation="magic")
 
 
-def plain_inputs():
-    return LambdaInputs(*[torch.zeros(1, 1, 64, 16)] * 3, 8, None, None, 0, 1.0, None, None)
+def native_reasons():
+    return not_supported_reasons("native", *[torch.zeros(1, 1, 64, 16)] * 3, window=8)
 
 
 @pytest.fixture
@@ -352,15 +489,13 @@ def fresh_build(monkeypatch, tmp_path):
     monkeypatch.setattr(compilation, "folder", lambda: tmp_path)
     yield monkeypatch, tmp_path
     compilation.library.cache_clear()
-    compilation.compiler.cache_clear()
 
 
 def test_without_a_compiler_it_says_so(fresh_build):
     monkeypatch, _ = fresh_build
     monkeypatch.setattr("shutil.which", lambda name: None)
     compilation.library.cache_clear()
-    compilation.compiler.cache_clear()
-    assert "no C++ compiler found; looked for c++" in not_supported_reasons("native", plain_inputs())[0]
+    assert "no C++ compiler found; looked for c++" in native_reasons()[0]
     with pytest.raises(ValueError, match="implementation 'native' cannot run: no C\\+\\+ compiler"):
         lambda_attention(*[torch.zeros(1, 1, 4, 16)] * 3, window=2, implementation="native")
     tensor = torch.zeros(1, 2, 2048, 16)
@@ -374,19 +509,36 @@ def test_what_does_not_compile_is_reported_and_leaves_nothing(fresh_build):
     broken.write_text("int f( {")
     monkeypatch.setattr(compilation, "SOURCE", broken)
     compilation.library.cache_clear()
-    assert "failed: " in not_supported_reasons("native", plain_inputs())[0]
+    assert "failed: " in native_reasons()[0]
     assert list(folder.iterdir()) == [broken]
+
+
+@needs_compiler
+def test_the_next_compiler_is_tried(fresh_build):
+    monkeypatch, folder = fresh_build
+    killed, silent = folder / "killed", folder / "silent"
+    for path, script in ((killed, "kill -9 $$"), (silent, "exit 3")):
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    monkeypatch.setattr(compilation, "COMPILERS", (str(killed), str(silent)))
+    compilation.library.cache_clear()
+    (reason,) = native_reasons()
+    assert f"{killed} failed: Command" in reason
+    assert f"{silent} failed: Command" in reason
+    monkeypatch.setattr(compilation, "COMPILERS", (str(killed), "c++", "g++"))
+    compilation.library.cache_clear()
+    assert not native_reasons()
 
 
 @needs_compiler
 def test_it_is_compiled_once(fresh_build):
     _, folder = fresh_build
     compilation.library.cache_clear()
-    assert not not_supported_reasons("native", plain_inputs())
+    assert not native_reasons()
     (made,) = folder.iterdir()
     stamp = made.stat().st_mtime_ns
     compilation.library.cache_clear()
-    assert not not_supported_reasons("native", plain_inputs())
+    assert not native_reasons()
     assert [path.stat().st_mtime_ns for path in folder.iterdir()] == [stamp]
 
 

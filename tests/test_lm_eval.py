@@ -8,6 +8,7 @@ import torch
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra [eval]")
 
+from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.registry import model_registry  # noqa: E402
 from lm_eval.evaluator import simple_evaluate  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
@@ -16,7 +17,11 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 from longpatch import LongpatchError, convert_model  # noqa: E402
 from longpatch.cli import main  # noqa: E402
 from longpatch.evaluation.lm_eval import NAME, LongpatchLM, register, set_rope_theta  # noqa: E402
+from longpatch.evaluation.perplexity import stream_nll  # noqa: E402
 from longpatch.models import load_model  # noqa: E402
+from tests.evaluating import write_rows  # noqa: E402
+from tests.families import tiny_model  # noqa: E402
+from tests.processes import run_processes, run_python  # noqa: E402
 
 LONG = "The ship went on through the night and the men were silent. " * 8
 ROWS = [
@@ -56,10 +61,10 @@ def test_equal_to_lm_evals_own_model_on_a_converted_one(tasks, name, window):
     register()
     register()
     arguments = f"pretrained={name},local_branch={window},global_branch=4"
-    found = answers("longpatch", tasks, model_args=arguments, batch_size=2, device="cpu")
+    found = answers("longpatch", tasks, model_args=arguments, batch_size=3, device="cpu")
     model, tokenizer = load_model(name)
     convert_model(model, window, 4)
-    expected = answers(HFLM(model, tokenizer=tokenizer, batch_size=2, max_length=100_000), tasks)
+    expected = answers(HFLM(model, tokenizer=tokenizer, batch_size=3, max_length=100_000), tasks)
     assert found["local_until"] == expected["local_until"]
     assert len(found["local_choice"]) == 2
     for mine, theirs in zip(found["local_choice"], expected["local_choice"], strict=True):
@@ -96,13 +101,70 @@ def test_nothing_is_cut_in_silence(caplog):
         lm.shorten([1] * 11, 10)
     with pytest.raises(LongpatchError, match="room for 10"):
         lm._loglikelihood_tokens([(("a", "b"), [5] * 11, [6])])
-    with pytest.raises(LongpatchError, match="room for 5"):
-        lm.tok_batch_encode(["one two three four five six seven eight"], left_truncate_len=5)
+    words = "one two three four five six seven eight"
+    with pytest.raises(LongpatchError, match="room for 10"):
+        lm.tok_batch_encode([words + words], left_truncate_len=5)
+    lm.cut = "center"
+    ids, _ = lm.tok_batch_encode([words + words], left_truncate_len=5)  # lm-eval's own room for an answer
+    assert ids.shape[1] == 10
+    unbounded = LongpatchLM("demo", convert=False, device="cpu", truncation="left")
+    assert unbounded.tok_batch_encode([words], left_truncate_len=5)[0].shape[1] == 5
     for cut, expected in (("left", [4, 5, 6, 7]), ("right", [0, 1, 2, 3]), ("center", [0, 1, 6, 7])):
         lm.cut = cut
         caplog.clear()
         assert lm.shorten(list(range(8)), 4) == expected
         assert "8 tokens cut to 4" in caplog.text
+
+
+def test_a_batch_of_the_longest_input_there_can_be_is_not_tried(monkeypatch):
+    tried = []
+    monkeypatch.setattr(HFLM, "_detect_batch_size", lambda self, requests, pos: tried.append(self.max_length))
+    lm = LongpatchLM("demo", 64, 4, batch_size="auto", device="cpu")
+    with pytest.raises(LongpatchError, match=r"batch_size=auto.*max_length=N"):
+        lm._detect_batch_size()
+    lm._detect_batch_size([((), [1], [2])])
+    LongpatchLM("demo", 64, 4, batch_size="auto", max_length=300, device="cpu")._detect_batch_size()
+    assert tried == [1_000_000, 300]
+
+
+def test_settings_reach_the_conversion():
+    config = LongpatchLM("demo", 64, 4, attn="blocked", recall="top_k=3", device="cpu").model.longpatch.config
+    assert (config.implementation, config.recall.top_k) == ("blocked", 3)
+    assert LongpatchLM("demo", 64, 4, recall="none", device="cpu").model.longpatch.config.recall is None
+
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+from longpatch.evaluation.lm_eval import register
+
+folder, out = map(Path, sys.argv[1:])
+register()
+done = simple_evaluate(
+    "longpatch", model_args="pretrained=demo,local_branch=64,global_branch=4", device="cpu", bootstrap_iters=0,
+    tasks=["local_choice", "local_until"], task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+)
+if done is not None:
+    found = {  # lm-eval asks the last question again where a process has fewer
+        name: {row["doc_id"]: [said[0] for said in row["resps"]] for row in rows}
+        for name, rows in done["samples"].items()
+    }
+    out.write_text(json.dumps([found, done["results"]]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_results_of_one(tasks, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", ROWS[:1] + ROWS)
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM, encoding="utf-8")
+    run_python([program, tmp_path, tmp_path / "one.json"])
+    run_processes([program, tmp_path, tmp_path / "two.json"], tmp_path / "logs")
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert sorted(one[0]["local_choice"]) == ["0", "1", "2"]
+    assert one == two
 
 
 def test_the_center_is_cut_out_of_what_the_model_reads():
@@ -114,6 +176,14 @@ def test_the_center_is_cut_out_of_what_the_model_reads():
     assert cut == same
 
 
+def test_a_rolling_text_is_that_of_the_stream():
+    lm = LongpatchLM("demo", 64, 4, device="cpu")
+    (found,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (LONG,), 0)], disable_tqdm=True)
+    ids = torch.tensor([lm.prefix_token_id, *lm.tok_encode(LONG)])
+    expected = -sum(chunk.nll.sum().item() for chunk in stream_nll(lm.model, ids, 50))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_another_rope_theta():
     model, _ = load_model("demo")
     before = model.base_model.rotary_emb.inv_freq.clone()
@@ -123,3 +193,6 @@ def test_another_rope_theta():
     expected = 2e6 ** (-torch.arange(0, dimension, 2) / dimension)
     torch.testing.assert_close(after, expected)
     assert not torch.allclose(before, after)
+    for name, reason in (("gemma3_text", "sliding_attention, full_attention"), ("gptj", "no rotary embedding")):
+        with pytest.raises(LongpatchError, match=reason):
+            set_rope_theta(tiny_model(name), 2e6)

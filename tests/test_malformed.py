@@ -12,7 +12,8 @@ from longpatch.data.binary import sidecar, write_binary
 from longpatch.data.settings import DataSection
 from longpatch.data.tokenize import tokenize
 from longpatch.demo import load
-from longpatch.evaluation.documents import read_documents
+from longpatch.evaluation.documents import read_documents, read_rows
+from longpatch.evaluation.qa import qa_samples
 
 GOOD = '{"text": "a good row"}\n\n{"input": "a good", "output": "row"}\n'
 LINES = {  # what stands in line 4 of a file: what is said about it
@@ -57,6 +58,45 @@ SOURCES = {
     "good.jsonl[many]": r"good\.jsonl\[many\]: \[many\] is no number of rows",
     "good.jsonl[0]": r"\[0\] is no number of rows",
 }
+
+
+ROWS = {  # of a file for an evaluation: what is said about the file
+    "": "holds no rows",
+    "{": "is not JSON",
+    '{"context": "x"}': "row 0 has no 'question'; row 0 has no 'answers'",
+    '{"context": "x", "question": "?", "answers": []}': "row 0 has no 'answers'",
+    '{"context": "", "question": "?", "answers": "x"}': "row 0 has no 'context'",
+}
+EVALUATIONS = {  # an evaluation of rows.jsonl: what is said where it holds a row of another kind
+    "eval passkey demo --rows rows.jsonl": "eval passkey: row 0 has no 'input'; row 0 has no 'target'",
+    "eval topic demo --rows rows.jsonl": "eval topic: row 0 has no 'prompt'; row 0 has no 'expected_number'",
+    "eval translation demo rows.jsonl": "eval translation: row 0 has no segments",
+    "eval perplexity demo rows.jsonl": "rows.jsonl:1 has no text in 'text'",
+    "eval temp-lora demo rows.jsonl": "rows.jsonl:1 has no text in 'text'",
+    "eval needle demo --rescore rows.jsonl": "rows.jsonl:1 has no command, model",
+    "eval needle demo --rescore nowhere.jsonl": "nowhere.jsonl cannot be read",
+    "eval generation demo story.txt --positions 100": "eval generation: no text has 200 tokens",
+    "eval attention demo story.txt --pca-layer 9": "--pca-layer 9. Supported: 0 (embeddings) to 5",
+    "eval temp-lora demo story.txt --tokens 1": "story.txt has no token to predict",
+    "report rows.jsonl": "rows.jsonl:1 has no command, model",
+}
+
+
+@pytest.mark.parametrize("line", ROWS)
+def test_rows_of_an_evaluation(tmp_path, line):
+    (tmp_path / "rows.jsonl").write_text(line)
+    with pytest.raises(LongpatchError, match=ROWS[line]):
+        qa_samples(read_rows(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize("command", EVALUATIONS)
+def test_evaluations_of_what_is_not_there(tmp_path, monkeypatch, capsys, command):
+    pytest.importorskip("sacrebleu", reason="needs the extra [eval]")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": " "}\n')
+    (tmp_path / "story.txt").write_text("The ship went on.")
+    assert main(command.split()) == 2
+    assert EVALUATIONS[command] in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

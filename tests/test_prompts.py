@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import math
 import threading
 
 import pytest
@@ -19,6 +20,7 @@ from longpatch.evaluation.passkey import WORDINGS, PassKey, passkey_samples
 from longpatch.evaluation.prompts import Answerer, bury, chat_template, cut_at, cut_middle
 from longpatch.evaluation.qa import extract
 from longpatch.evaluation.topic import line_samples, topic_samples
+from tests.families import tiny_model
 from tests.tiny import random_ids, tiny_llama
 
 
@@ -42,6 +44,8 @@ def test_passkeys_are_where_they_were_put(answerer, wording, placement):
         assert placement == "grid" or sample.content["depth"] < 0.5
     again = passkey_samples([200, 300], [0.0, 0.5, 1.0], 2, 7, placement, 0)
     assert [s.identity for s in again] == [s.identity for s in samples]
+    others = passkey_samples([200, 300], [0.0, 0.5, 1.0], 2, 7, placement, 0, "Another filler.")
+    assert not {s.identity["digest"] for s in others} & {s.identity["digest"] for s in samples}
 
 
 def test_a_needle_in_a_haystack(answerer):
@@ -52,6 +56,15 @@ def test_a_needle_in_a_haystack(answerer):
         assert len(ids) == 250
         assert "Dolores Park" in answerer.tokenizer.decode(ids)
         assert abs(depth - sample.settings["depth"]) < 0.25
+
+
+def test_needles_of_other_texts_are_other_samples():
+    def of(*texts, seed=0):
+        return {sample.identity["digest"] for sample in needle_samples([250], [0.0, 1.0], 2, seed, texts)}
+
+    assert len(of("hay", "needle")) == 4
+    assert of("hay", "needle") == of("hay", "needle")
+    assert not of("hay", "needle") & (of("straw", "needle") | of("hay", "pin") | of("hay", "needle", seed=1))
 
 
 def test_filler_is_repeated_and_the_needle_kept_whole():
@@ -133,6 +146,26 @@ def test_a_judge_behind_an_endpoint():
         judge("Where?", "here", "there")
 
 
+@pytest.mark.parametrize(
+    ("reply", "mark"),
+    [
+        ("On a scale of 1 to 10, I give it 9.", 9),
+        ("9/10, since 3 of 3 facts agree", 9),
+        ("7 out of 10", 7),
+        ("8. It misses 2 of them.", 8),
+        ("**10**", 10),
+        ("Score: 8.5 / 10", 8.5),
+    ],
+)
+def test_the_mark_in_a_judges_reply(reply, mark):
+    assert Judge(lambda prompt: reply)("Where?", "here", "there") == (mark - 1) / 9
+
+
+def test_a_reply_without_a_mark():
+    with pytest.raises(LongpatchError, match="holds no number from 1 to 10"):
+        Judge(lambda prompt: "In 1999, 0.5 of 200")("Where?", "here", "there")
+
+
 @pytest.mark.parametrize("converted", [False, True])
 def test_recorded_attention_is_that_of_the_definition(converted):
     """One layer, so that its logits follow from the embeddings alone: entropy against weights computed densely."""
@@ -172,6 +205,31 @@ def test_recorded_attention_is_that_of_the_definition(converted):
             expected = entropy(head, i)
             found = recorder.entropy[0][head, column], recorder.largest[0][head, column]
             torch.testing.assert_close(torch.stack(found), torch.stack(expected), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "sliding"), [("qwen2-mixed", [0]), ("mistral-sliding", [0, 1]), ("stablelm", [])])
+@pytest.mark.parametrize("converted", [False, True])
+def test_attention_is_recorded_where_layers_slide(name, sliding, converted):
+    """Sliding layers spread over their own window, and recording changes nothing; short texts have no far sinks."""
+    model = tiny_model(name)
+    model.config.sliding_window = 8
+    if converted:
+        convert_model(model, 8, 2)
+    for length in (40, 6):
+        ids = random_ids(1, length)
+        with torch.no_grad(), recording(model, [length - 1]) as recorder:
+            recorded = model(ids, use_cache=False).logits
+        torch.testing.assert_close(recorded, model(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+        layers = [entropy.max() for entropy in recorder.entropy]
+        assert len(layers) == 2
+        assert all(layers[number] < math.log(10 if converted else 8) for number in ([0, 1] if converted else sliding))
+
+
+@pytest.mark.parametrize(("name", "reason"), [("gemma2", "soft-capped"), ("gptj", "'gptj' does not go through")])
+def test_attention_that_is_not_seen_is_refused(name, reason):
+    model = tiny_model(name)
+    with pytest.raises(LongpatchError, match=reason), recording(model, [3]):
+        model(random_ids(1, 8), use_cache=False)
 
 
 def test_principal_components():

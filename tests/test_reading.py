@@ -68,9 +68,9 @@ def plain_loop(model, ids, length, stride):
 @pytest.mark.parametrize(
     ("arguments", "length", "stride"),
     [
-        (["--no-convert"], 1000, 1000),
+        (["--no-convert", "--chunk", "200"], 1000, 1000),
         (["--no-convert", "--sliding-window", "24", "--seq-len", "64"], 64, 24),
-        (["--baseline", "truncate:64"], 64, 32),
+        (["--chunk", "200", "--baseline", "truncate:64"], 64, 32),
     ],
 )
 def test_perplexity_is_that_of_a_plain_loop(ask, demo, arguments, length, stride):
@@ -78,9 +78,19 @@ def test_perplexity_is_that_of_a_plain_loop(ask, demo, arguments, length, stride
     ids = torch.tensor([tokenizer.bos_token_id, *tokenizer.encode(STORY * 12, add_special_tokens=False)])[:200]
     expected = plain_loop(model, ids, length, stride)
     assert len(expected) == 199
-    records = ask("perplexity", "demo", "story.txt", "--length", "200", "--chunk", "200", *arguments)
+    records = ask("perplexity", "demo", "story.txt", "--length", "200", *arguments)
     found = values(records, "nll_document")[-1]
     assert found == pytest.approx(expected.mean().item(), rel=1e-6)
+
+
+def test_flags_that_would_be_ignored_are_refused(ask, capsys):
+    asked = ["eval", "perplexity", "demo", "story.txt"]
+    assert main([*asked, "--sliding-window", "65", "--seq-len", "64"]) == 2
+    assert "--sliding-window 65 leaves tokens out between windows of 64" in capsys.readouterr().err
+    assert main([*asked, "--sliding-window", "64", "--bucket", "10"]) == 2
+    assert "--bucket with --sliding-window" in capsys.readouterr().err
+    assert main([*asked, "--seq-len", "64", "--score", "all"]) == 2
+    assert "--seq-len, --score without --sliding-window" in capsys.readouterr().err
 
 
 def test_mean_variance_and_count_of_every_position(ask, demo, tmp_path, capsys):

@@ -8,6 +8,7 @@ import torch
 from longpatch_kernels import IMPLEMENTATIONS
 
 ROOT = Path(__file__).parent.parent
+KERNELS = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -31,6 +32,16 @@ def test_the_snippets_about_generating_run(capsys):
     for snippet in snippets((ROOT / "docs" / "generation.md").read_text(encoding="utf-8")):
         exec(compile(snippet, "generation.md", "exec"), names)
     assert "output_attentions=True" in capsys.readouterr().out
+
+
+def test_the_snippet_about_the_kernels_runs(capsys):
+    names = {}
+    for snippet in snippets(KERNELS):
+        exec(compile(snippet, "kernels.md", "exec"), names)
+    assert names["out"].shape == (1, 8, 4096, 64)
+    assert names["lse"].shape == (1, 8, 4096)
+    assert "auto runs" in capsys.readouterr().out
+    assert set(re.findall(r"^\| `(\w+)` \|", KERNELS, flags=re.MULTILINE)) == set(IMPLEMENTATIONS)
 
 
 def test_the_table_of_options_names_every_kernel():

@@ -57,6 +57,20 @@ def test_arms_are_compared_on_the_samples_they_share():
     assert nll.against["b"].value == pytest.approx(math.exp(0.55))
 
 
+def test_samples_of_one_name_are_paired_in_order():
+    """As in records of two files of one name; where there are not as many of them, no order says which is which."""
+
+    def same(*values, metric="nll_document", arm="a"):
+        return [r | {"sample": {"document": "t.txt"}} for r in made(values, metric, arm=arm)]
+
+    pooled, mean = summarise(same(1.0, 3.0) + same(1.5, 4.0, arm="b"))
+    assert mean.metric == "perplexity, geometric mean of documents"
+    assert pooled.against["b"].value == pytest.approx(math.exp(0.75))
+    assert (pooled.against["b"].low, pooled.against["b"].high) == pytest.approx((math.exp(0.5), math.exp(1.0)))
+    (row,) = summarise(same(1.0, 3.0, metric="f1") + same(1.5, metric="f1", arm="b"))
+    assert not row.against
+
+
 def test_a_difference_is_no_share():
     (row,) = summarise(made([1.0, 1.0, 0.0]) + made([1.0, 1.0, 0.0], arm="b"))
     assert (row.against["b"].value, row.against["b"].low) == (0.0, None)
@@ -71,6 +85,15 @@ def test_columns_say_what_tells_them_apart():
     first, second = made([1.0]), made([0.0])
     names = {id(first[0]): "before", id(second[0]): "after"}
     assert list(summarise(first + second, names)[0].cells) == ["before: a", "after: a"]
+
+
+def test_a_model_loaded_in_another_way_is_another_column():
+    before, after = made([1.0, 0.5], "f1"), made([0.5, 0.0], "f1", dtype="bfloat16", peft="lora")
+    (row,) = summarise(before + after)
+    assert list(row.cells) == ["a", "a dtype=bfloat16 peft=lora"]
+    assert row.against["a dtype=bfloat16 peft=lora"].value == -0.5
+    (alone,) = summarise(after)
+    assert (list(alone.cells), alone.settings) == (["a"], {"dtype": "bfloat16", "peft": "lora"})
 
 
 def test_tables():

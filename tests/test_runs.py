@@ -6,7 +6,8 @@ from argparse import Namespace
 import pytest
 
 from longpatch import LongpatchError, convert_model
-from longpatch.cli import main
+from longpatch.cli import flags, main
+from longpatch.cli.eval import temp_lora
 from longpatch.cli.flags import open_arms
 from longpatch.evaluation.arms import Arm, check_arms, converted_arm, parse_arms
 from longpatch.evaluation.run import Measurement, Run, Sample
@@ -38,6 +39,24 @@ def test_arms_are_read_from_one_line():
 def test_a_split_model_is_not_measured_by_processes_that_share_out_the_samples():
     with pytest.raises(LongpatchError, match=r"eval needle: --tp: several processes.*--device-map auto"):
         open_arms(Namespace(tp=True), None, (), "eval needle")
+
+
+def test_each_process_opens_the_model_on_its_own_device(monkeypatch):
+    opened = []
+    monkeypatch.setattr(flags, "load_model", lambda *args, device_map, **options: opened.append(device_map))
+    asked = {"model": "x", "dtype": "float32", "peft": None, "load_in_4bit": False}
+    for there in (False, True):
+        monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
+        monkeypatch.setattr(flags, "process_state", lambda: Namespace(device="cuda:3"))
+        for device_map, tp in ((None, False), ("cpu", False), (None, True)):
+            flags.open_model(Namespace(**asked, device_map=device_map, tp=tp))
+    assert opened == [None, "cpu", None, {"": "cuda:3"}, "cpu", None]
+
+
+def test_a_walk_is_the_work_of_one_process(monkeypatch, capsys):
+    monkeypatch.setattr(temp_lora, "process_state", lambda: Namespace(num_processes=2))
+    assert main(["eval", "temp-lora", "demo", "nowhere.txt"]) == 2
+    assert "several processes" in capsys.readouterr().err
 
 
 def test_an_arm_is_put_on_and_taken_off():
@@ -75,6 +94,11 @@ def test_records_of_a_run(tmp_path):
     assert [r["value"] for r in records if r["metric"] == "value"] == [0, 1, 2, 3, 4, 16, 17, 18, 19, 20]
 
 
+def test_a_run_of_nothing_is_refused():
+    with pytest.raises(LongpatchError, match="eval test: no samples"):
+        Run("eval test", "tiny").records(tiny_llama(), ARMS, [], measure)
+
+
 @pytest.mark.parametrize("killed_at", [0, 1, 4, 7, 9])
 def test_a_killed_run_ends_with_the_same_records(tmp_path, killed_at):
     whole = Run("eval test", "tiny").records(tiny_llama(), ARMS, SAMPLES, measure)
@@ -109,6 +133,23 @@ def test_a_killed_run_ends_with_the_same_records(tmp_path, killed_at):
     assert len(measured_again) == 10 - killed_at
     run.finish(records)
     assert read_records(out) == whole
+
+
+def test_a_run_is_not_resumed_on_another_text(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text("A text that is read to its end. " * 4, encoding="utf-8")
+    asked = ["eval", "perplexity", "demo", "text.txt", "--no-convert", "--out", "out.jsonl"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish", interrupted)
+        assert main(asked) == 130
+    text.write_text("A text that is read to its last." * 4, encoding="utf-8")
+    assert main([*asked, "--resume"]) == 2
+    assert "belongs to another run" in capsys.readouterr().err
+
+
+def interrupted(*args):
+    raise KeyboardInterrupt
 
 
 def test_two_processes_give_the_records_of_one(tmp_path):

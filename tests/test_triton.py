@@ -121,6 +121,21 @@ def test_which_kernels_run(calls):
     assert calls == {"forward": 1, "decode": 1, "backward": 2}
 
 
+@pytest.mark.parametrize(("queries", "head_dim"), [(33, 20), (1, 16)])
+def test_compile_as_one_graph_forward_and_backward(calls, queries, head_dim):
+    arguments = on_device(
+        build(BASE | {"batch": 1, "queries": queries, "head_dim": head_dim, "ring": torch.tensor}, torch.float32)
+    )
+    torch.compiler.reset()
+    compiled = torch.compile(lambda_attention, fullgraph=True, backend="aot_eager")
+    expected = run(arguments, "triton")
+    ran = dict(calls)
+    actual = run(arguments, "triton", attention=compiled)
+    assert calls == {name: 2 * count for name, count in ran.items()}
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("ring", [int, torch.tensor])
 def test_decode_reads_the_ring_where_it_lies(monkeypatch, ring):
     def refuse(self):
@@ -180,8 +195,8 @@ def test_without_a_gpu_it_says_so(monkeypatch):
 
 def test_without_triton_it_says_so(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    inputs = LambdaInputs(*[torch.zeros(1, 1, 2, 16)] * 3, 2, None, None, 0, 1.0, None, None)
-    assert "Triton is not installed" in not_supported_reasons("triton", inputs)[0]
+    reasons = not_supported_reasons("triton", *[torch.zeros(1, 1, 2, 16)] * 3, window=2)
+    assert "Triton is not installed" in reasons[0]
 
 
 @pytest.mark.parametrize(("rows", "keys"), [(1, 4106), (256, 4106), (1, 5), (8, 1_000_000)])

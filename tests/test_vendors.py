@@ -1,17 +1,20 @@
 """Other libraries' windowed attention composed into Λ-attention.
 
 flash-attn and xformers need a GPU, so plain PyTorch functions of the same signatures stand in for them; what is tested
-is everything around them. FlexAttention itself runs here, uncompiled.
+is everything around them. FlexAttention itself runs here, uncompiled, which gives a log-sum-exp on a CPU too.
 """
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from longpatch_kernels import IMPLEMENTATIONS, lambda_attention, vendors
+from longpatch_kernels import IMPLEMENTATIONS, lambda_attention, not_supported_reasons, vendors
+from longpatch_kernels.flex import block_mask, window_mask
 from tests.cases import build, cases, error, run
 
 CASES = cases(
@@ -98,7 +101,7 @@ XFORMERS = SimpleNamespace(
 @pytest.fixture(autouse=True, scope="module")
 def stand_ins():
     """The two libraries replaced, and their checks, which would refuse the CPU; counts the calls of `run`."""
-    calls = {"flash_attn": 0, "xformers": 0}
+    calls = {"flash_attn": 0, "xformers": 0, "flex": 0}
 
     def counted(name, vendor):
         def call(inputs):
@@ -109,17 +112,10 @@ def stand_ins():
 
     with pytest.MonkeyPatch.context() as patch:
         parts = {"flash_attn": vendors.FlashAttn(lambda: FLASH), "xformers": vendors.Xformers(lambda: XFORMERS)}
+        parts["flex"] = vendors.Flex(lambda: flex_attention)
         for name, vendor in parts.items():
             patch.setitem(IMPLEMENTATIONS, name, counted(name, vendor))
-        flex = vendors.Flex(flex_attention_uncompiled)
-        patch.setitem(IMPLEMENTATIONS, "flex", flex)
         yield calls
-
-
-def flex_attention_uncompiled():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return flex_attention
 
 
 def check(case, implementation):
@@ -151,13 +147,40 @@ def test_xformers_composes_exactly(stand_ins, case):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @settings(max_examples=15)
 @given(case=CASES, softcap=st.sampled_from([None, 5.0]), alibi=st.booleans(), padding=st.booleans())
-def test_flex_composes_exactly(case, softcap, alibi, padding):
+def test_flex_composes_exactly(stand_ins, case, softcap, alibi, padding):
+    before = stand_ins["flex"]
     arguments = build(case | {"softcap": softcap, "alibi": alibi, "padding": padding}, torch.float32)
     exact = {n: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in arguments.items()}
     expected = lambda_attention(**exact, implementation="reference")
     actual = lambda_attention(**arguments, implementation="flex")
+    assert stand_ins["flex"] == before + 1
     for mine, reference in zip(actual, expected, strict=True):
         assert error(mine, reference) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "window", "sinks"), [(500, 500, 280, 3), (1, 700, 128, 0), (200, 512, 999, 0)]
+)
+def test_block_masks_say_what_looking_at_every_pair_says(queries, keys, window, sinks):
+    def visible(batch, head, query, key):
+        distance = query + keys - queries - key
+        return (distance >= 0) & ((distance < window) | (key < sinks))
+
+    mine = block_mask(visible, queries, keys, window, torch.device("cpu"), sinks=sinks)
+    wanted = create_block_mask(visible, None, None, queries, keys, device="cpu")
+    assert mine.shape == wanted.shape
+    assert torch.equal(mine.to_dense(), wanted.to_dense())
+    for row, count in enumerate(mine.full_kv_num_blocks[0, 0].tolist()):
+        query = torch.arange(128 * row, min(128 * row + 128, queries))[:, None]
+        for column in mine.full_kv_indices[0, 0, row, :count].tolist():
+            assert visible(0, 0, query, torch.arange(128 * column, 128 * column + 128)).all()
+    assert mine.full_kv_num_blocks.sum() > 0 or queries == 1
+
+
+def test_layers_of_a_model_share_a_block_mask():
+    device = torch.device("cpu")
+    assert window_mask(64, 64, 8, device) is window_mask(64, 64, 8, device)
+    assert window_mask(64, 64, 8, device) is not window_mask(64, 64, 9, device)
 
 
 @pytest.mark.parametrize("implementation", ["flash_attn", "xformers"])
@@ -193,7 +216,9 @@ def test_every_reason_is_listed():
             assert part in text
     assert "softcap: xformers" in "; ".join(xformers)
     assert "softcap" not in "; ".join(flash)
-    assert vendors.VENDORS["flex"].not_supported_reasons(x) == ["gradients: FlexAttention has no backward on the CPU"]
+    assert vendors.VENDORS["flex"].not_supported_reasons(x) == [
+        "the tensors are on cpu; compiled FlexAttention gives no log-sum-exp there"
+    ]
 
 
 @pytest.mark.gpu
@@ -205,11 +230,41 @@ def test_the_library_itself(name):
     case |= {"sinks": 10, "extra_distance": 0, "ring": None, "padding": False, "far_mask": False, "softcap": None}
     arguments = build(case | {"alibi": False, "seed": 5}, torch.bfloat16)
     arguments = {n: v.cuda() if torch.is_tensor(v) else v for n, v in arguments.items()}
-    checked = {n: v.requires_grad_() if torch.is_tensor(v) else v for n, v in arguments.items()}
-    out, _ = lambda_attention(**checked, implementation="reference")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(IMPLEMENTATIONS, name, vendors.VENDORS[name])
-        if reasons := IMPLEMENTATIONS[name].not_supported_reasons(inputs(query=arguments["query"])):
+        asked = {n: v.requires_grad_() if torch.is_tensor(v) else v for n, v in arguments.items()}
+        if reasons := not_supported_reasons(name, **asked):
             pytest.skip("; ".join(reasons))
-        actual, _ = lambda_attention(**checked, implementation=name)
-    torch.testing.assert_close(actual, out, atol=3e-2, rtol=3e-2)
+        for through_lse in (False, True):
+            expected = run(arguments, "reference", torch.float64, through_lse)
+            dense = run(arguments, "reference", through_lse=through_lse)
+            actual = run(arguments, name, through_lse=through_lse)
+            for part, wanted in expected.items():
+                bound = 2 * error(dense[part], wanted) + 0.01 * wanted.abs().max().item()
+                assert error(actual[part], wanted) <= bound, part
+
+
+@pytest.mark.parametrize(
+    ("module", "stand_ins"),
+    [
+        (
+            "flash_attn.flash_attn_interface",
+            {"_flash_attn_forward": flash_forward, "_flash_attn_backward": flash_backward},
+        ),
+        (
+            "xformers.ops.fmha",
+            {
+                "memory_efficient_attention_forward_requires_grad": xformers_forward,
+                "memory_efficient_attention_backward": xformers_backward,
+            },
+        ),
+    ],
+)
+def test_stand_ins_take_what_the_libraries_take(module, stand_ins):
+    library = pytest.importorskip(module)
+    for name, stand_in in stand_ins.items():
+        theirs, ours = (inspect.signature(f).parameters for f in (getattr(library, name), stand_in))
+        for parameter in ours:
+            assert parameter in theirs, f"{module}.{name} has no {parameter}"
+            assert ours[parameter].kind == theirs[parameter].kind
+        assert all(theirs[extra].default is not inspect.Parameter.empty for extra in theirs.keys() - ours.keys())

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from . import compiled
-from .implementations import IMPLEMENTATIONS, choose, explanation
+from .autograd import autocast, without_autocast
+from .implementations import IMPLEMENTATIONS, choose, explanation, reasons_against
 from .inputs import checked_inputs
 
 
@@ -56,6 +57,10 @@ def lambda_attention(
         softcap: scores become `softcap * tanh(score / softcap)` (before ALiBi).
         implementation: "auto" or a name in IMPLEMENTATIONS. One asked for by name that cannot run raises.
 
+    Queries, keys and values are of one dtype; under autocast they are brought to its dtype, as PyTorch's own attention
+    does, and products that are meant to be in float32 stay so. They must be finite where they are hidden, too: some
+    implementations give them weight 0, and 0 times NaN is NaN.
+
     Returns:
         out `[B, Hq, n, d]` in the query's dtype and lse `[B, Hq, n]` in float32 or better, both differentiable. A query
         that sees no key gets 0 and -inf.
@@ -63,6 +68,7 @@ def lambda_attention(
     Raises:
         ValueError: listing everything that is wrong with the arguments, or why the implementation cannot run.
     """
+    query, key, value, query_far, key_far, value_far = autocast(query, key, value, query_far, key_far, value_far)
     inputs = checked_inputs(
         query,
         key,
@@ -83,7 +89,13 @@ def lambda_attention(
     name = choose(implementation, inputs)
     if torch.compiler.is_compiling() and hasattr(IMPLEMENTATIONS[name], "gradients"):
         return compiled.run(inputs, name)
-    return IMPLEMENTATIONS[name].run(inputs)
+    with without_autocast(inputs.query.device):
+        return IMPLEMENTATIONS[name].run(inputs)
+
+
+def not_supported_reasons(implementation: str, query: Tensor, key: Tensor, value: Tensor, **options) -> list[str]:
+    """Every reason why `implementation` cannot run `lambda_attention(query, key, value, **options)`; none if it can."""
+    return reasons_against(implementation, checked_inputs(query, key, value, **options))
 
 
 def explain(query: Tensor, key: Tensor, value: Tensor, **options) -> str:

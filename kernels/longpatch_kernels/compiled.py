@@ -6,6 +6,7 @@ Eager calls do not come through here.
 import torch
 from torch import Tensor
 
+from .autograd import without_autocast
 from .implementations import IMPLEMENTATIONS
 from .inputs import FarSegment, LambdaInputs
 
@@ -21,13 +22,16 @@ _SIGNATURE = (
 
 def run(x: LambdaInputs, implementation: str) -> tuple[Tensor, Tensor]:
     """What `implementation` returns for `x`, the output with strides of [B, n, Hq, d]."""
+    dtype, module = x.query.dtype, IMPLEMENTATIONS[implementation]
+    x = module.widened(x) if hasattr(module, "widened") else x
     far = x.far
     extra = (None, None, None) if far is None else (far.positions, far.mask, far.distance)
     ring_tensor, ring_start = (x.ring_start, 0) if isinstance(x.ring_start, Tensor) else (None, x.ring_start)
     options = (x.window, ring_start, x.scale, x.softcap, implementation)
-    return torch.ops.longpatch.lambda_attention(
+    out, lse = torch.ops.longpatch.lambda_attention(
         *x.tensors, *extra, x.first_valid, x.alibi_slopes, ring_tensor, *options
     )
+    return out.to(dtype), lse
 
 
 def _inputs(arguments: tuple) -> LambdaInputs:
@@ -41,7 +45,8 @@ def _inputs(arguments: tuple) -> LambdaInputs:
 
 @torch.library.custom_op("longpatch::lambda_attention", mutates_args=(), schema=f"({_SIGNATURE}) -> (Tensor, Tensor)")
 def _forward(*arguments):
-    out, lse = IMPLEMENTATIONS[arguments[-1]].run(_inputs(arguments))
+    with without_autocast(arguments[0].device):
+        out, lse = IMPLEMENTATIONS[arguments[-1]].run(_inputs(arguments))
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
 
 
@@ -60,7 +65,8 @@ def _(query, *arguments):
 )
 def _backward(*arguments):
     arguments, results = arguments[:-4], arguments[-4:]
-    grads = IMPLEMENTATIONS[arguments[-1]].gradients(_inputs(arguments), *results)
+    with without_autocast(arguments[0].device):
+        grads = IMPLEMENTATIONS[arguments[-1]].gradients(_inputs(arguments), *results)
     return [grad.contiguous() for grad in grads if grad is not None]
 
 

@@ -5,12 +5,15 @@ part the MERGED out and log-sum-exp: its weights are then the joint softmax's. M
 wrong wherever a library's backward ignores the gradient of its log-sum-exp.
 """
 
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from . import autograd
+from .blocked import general
 from .inputs import FarSegment, Gradients, LambdaInputs
 
 
@@ -28,7 +31,26 @@ class WindowPart(Protocol):
 
 def attend(x: LambdaInputs, part: WindowPart) -> tuple[Tensor, Tensor]:
     """Returns out [B, Hq, n, d] and lse [B, Hq, n], differentiable in all six tensors."""
-    return _Composed.apply(*x.tensors, x, part)
+    return autograd.differentiable(x, partial(_forward, part), partial(_gradients, part))
+
+
+def _forward(part: WindowPart, x: LambdaInputs) -> tuple[Tensor, Tensor]:
+    out, lse = part.forward(x)
+    lse = lse.float()
+    return (out, lse) if x.far is None else merge(out, lse, *far_forward(x, x.far))
+
+
+def _gradients(
+    part: WindowPart, x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None
+) -> Gradients:
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    if torch.is_grad_enabled():  # for second derivatives, which the libraries do not have
+        return general.backward(x, out, lse, grad_out, grad_lse)
+    window = window_backward(x, part, out, lse, grad_out, grad_lse)
+    if x.far is None:
+        return *window, None, None, None
+    delta = (out.float() * grad_out.float()).sum(dim=-1)
+    return *window, *far_backward(x, x.far, lse, delta if grad_lse is None else delta - grad_lse, grad_out)
 
 
 def merge(out: Tensor, lse: Tensor, far_out: Tensor, far_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,32 +106,6 @@ def far_backward(
 def _grouped(tensor: Tensor, x: LambdaInputs) -> Tensor:
     """`[B, Hq, ...]` as float32 `[B, Hkv, group, ...]`."""
     return tensor.float().unflatten(1, (-1, x.group))
-
-
-class _Composed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value, query_far, key_far, value_far, x: LambdaInputs, part: WindowPart):
-        out, lse = part.forward(x)
-        lse = lse.float()
-        if x.far is not None:
-            out, lse = merge(out, lse, *far_forward(x, x.far))
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, query_far, key_far, value_far, out, lse)
-        ctx.part, ctx.inputs = part, x.with_tensors(*[None] * 6)  # autograd keeps the tensors
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, grad_out, grad_lse):
-        *tensors, out, lse = ctx.saved_tensors
-        x = ctx.inputs.with_tensors(*tensors)
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        window = window_backward(x, ctx.part, out, lse, grad_out, grad_lse)
-        far: tuple[Tensor | None, ...] = (None, None, None)
-        if x.far is not None:
-            delta = (out.float() * grad_out.float()).sum(dim=-1)
-            far = far_backward(x, x.far, lse, delta if grad_lse is None else delta - grad_lse, grad_out)
-        gradients: Gradients = (*window, *far)  # type: ignore[assignment]
-        return *gradients, None, None
 
 
 def window_backward(

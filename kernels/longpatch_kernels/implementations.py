@@ -1,7 +1,8 @@
 """The implementations by name, and how "auto" chooses among them.
 
 Each is a module or object with `not_supported_reasons(inputs)`, `run(inputs) -> (out, lse)`, differentiable, and, where
-the forward's results suffice for it, `gradients(inputs, out, lse, grad_out, grad_lse)` of the six `inputs.tensors`.
+the forward's results suffice for it, `gradients(inputs, out, lse, grad_out, grad_lse)` of the six `inputs.tensors`, and
+`widened(inputs)`, the inputs whose forward these gradients are of.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ AUTO: dict[str, Callable[[LambdaInputs], bool]] = {
 }
 
 
-def not_supported_reasons(implementation: str, inputs: LambdaInputs) -> list[str]:
+def reasons_against(implementation: str, inputs: LambdaInputs) -> list[str]:
     """Every reason why `implementation` cannot run these inputs; empty if it can."""
     if implementation not in IMPLEMENTATIONS:
         return [f"unknown; known are auto, {', '.join(IMPLEMENTATIONS)}"]
@@ -36,8 +37,8 @@ def not_supported_reasons(implementation: str, inputs: LambdaInputs) -> list[str
 def choose(implementation: str, inputs: LambdaInputs) -> str:
     """The name of what runs: the one asked for, or for "auto" the first of AUTO that can. Raises ValueError if none."""
     if implementation == "auto":
-        return next(name for name, wanted in AUTO.items() if wanted(inputs) and not not_supported_reasons(name, inputs))
-    if reasons := not_supported_reasons(implementation, inputs):
+        return next(name for name, wanted in AUTO.items() if wanted(inputs) and not reasons_against(name, inputs))
+    if reasons := reasons_against(implementation, inputs):
         raise ValueError(f"lambda_attention: implementation {implementation!r} cannot run: " + "; ".join(reasons))
     return implementation
 
@@ -49,7 +50,7 @@ def explanation(inputs: LambdaInputs) -> str:
     lines = [f"auto runs {chosen}" + (f": {detail.explanation(inputs)}" if hasattr(detail, "explanation") else "")]
     for name in IMPLEMENTATIONS:
         if name != chosen:
-            reasons = not_supported_reasons(name, inputs)
+            reasons = reasons_against(name, inputs)
             if not reasons:
                 reasons = [f"could run, {chosen} is preferred" if name in AUTO else "only runs when asked for by name"]
             lines.append(f"not {name}: " + "; ".join(reasons))

@@ -144,13 +144,22 @@ def checked_inputs(
             expected = " or ".join(str(list(shape)) for shape in shapes)
             reasons.append(f"{name} has shape {list(tensor.shape)}, expected {expected}")
 
+    for size, what in ((batch, "rows"), (query_heads * key_heads, "heads"), (head_dim, "numbers a head")):
+        if size == 0:
+            reasons.append(f"no {what}: query has shape {list(query.shape)}, key {list(key.shape)}")
+    tensors = [t for t in (query, key, value, query_far, key_far, value_far) if t is not None]
+    for name, kinds in (("dtype", [t.dtype for t in tensors]), ("device", [t.device for t in tensors])):
+        if any(kind != kinds[0] for kind in kinds):
+            reasons.append(f"queries, keys and values differ in {name}: {', '.join(map(str, kinds))}")
     expect("key", key, (batch, key_heads, keys, head_dim))
     expect("value", value, (batch, key_heads, keys, head_dim))
-    if query_heads % key_heads:
+    if key_heads and query_heads % key_heads:
         reasons.append(f"query has {query_heads} heads, not a multiple of the {key_heads} key heads")
     if keys < queries:
         reasons.append(f"{queries} queries but {keys} keys: every query's own key must be among the keys")
-    if window < 1:
+    if not isinstance(window, int | torch.SymInt):
+        reasons.append(f"window is {window}, expected a whole number")
+    elif window < 1:
         reasons.append(f"window is {window}, must be at least 1")
     if isinstance(ring_start, Tensor):
         if ring_start.numel() != 1 or ring_start.is_floating_point():
@@ -164,6 +173,8 @@ def checked_inputs(
         expect("key_far", key_far, (batch, key_heads, count, head_dim))
         expect("value_far", value_far, (batch, key_heads, count, head_dim))
         expect("far_mask", far_mask, (batch, query_heads, queries, count))
+        if far_mask is not None and far_mask.dtype != torch.bool:
+            reasons.append(f"far_mask is {far_mask.dtype}, expected torch.bool")
         per_key = ((count,), (1, count), (batch, count))
         expect("far_positions", far_positions, *per_key)
         if alibi_slopes is None:
@@ -172,12 +183,15 @@ def checked_inputs(
             far_distance = torch.as_tensor(window if far_distance is None else far_distance, device=query.device)
             far_distance = far_distance.expand(count) if far_distance.ndim == 0 else far_distance
             expect("far_distance", far_distance, *per_key)
-        if not reasons:
+        if not reasons and count:
             far_distance = far_distance if far_distance is None else far_distance.reshape(-1, count)
             positions = far_positions if far_positions is None else far_positions.reshape(-1, count)
             far = FarSegment(query_far, key_far, value_far, positions, far_mask, far_distance)
     elif query_far is not None or key_far is not None or value_far is not None:
         reasons.append("query_far, key_far and value_far come together or not at all")
+    else:
+        options = {"far_positions": far_positions, "far_mask": far_mask, "far_distance": far_distance}
+        reasons += [f"{name} without far keys" for name, option in options.items() if option is not None]
     expect("first_valid", first_valid, (batch,))
     expect("alibi_slopes", alibi_slopes, (query_heads,))
     if softcap is not None and softcap <= 0:

@@ -1,4 +1,4 @@
-"""flash-attn, xformers and FlexAttention as the window part of a composed Λ-attention. Imported on first use."""
+"""flash-attn and xformers as the window part of a composed Λ-attention. Imported on first use."""
 
 import functools
 import importlib
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import compose
+from .flex import Flex
 from .inputs import LambdaInputs
 
 WIDEST_HEAD = 256
@@ -107,54 +108,6 @@ class Xformers:
         )
         grad_key, grad_value = (token_major(t).unflatten(1, (-1, x.group)).sum(dim=2) for t in rest)
         return token_major(grad_query), grad_key, grad_value
-
-
-class Flex:
-    """PyTorch's FlexAttention, compiled. It differentiates its own log-sum-exp, so autograd may merge the two parts."""
-
-    def __init__(self, attention: Callable | None = None):
-        self.library = functools.cache(lambda: importlib.import_module("torch.nn.attention.flex_attention"))
-        self.attention = attention or functools.cache(lambda: torch.compile(self.library().flex_attention))
-
-    def not_supported_reasons(self, inputs: LambdaInputs) -> list[str]:
-        reasons = []
-        wanted = any(tensor is not None and tensor.requires_grad for tensor in inputs.tensors)
-        if inputs.query.device.type == "cpu" and torch.is_grad_enabled() and wanted:
-            reasons.append("gradients: FlexAttention has no backward on the CPU")
-        if inputs.query.dtype == torch.float64:
-            reasons.append("dtype torch.float64; FlexAttention takes float16, bfloat16 and float32")
-        return reasons
-
-    def run(self, inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
-        x = inputs.in_time_order()
-        out, lse = self.window(x)
-        return (out, lse) if x.far is None else compose.merge(out, lse, *compose.far_forward(x, x.far))
-
-    def window(self, x: LambdaInputs) -> tuple[Tensor, Tensor]:
-        offset, window, valid, slopes, softcap = (
-            x.key_count - x.query_count, x.window, x.first_valid, x.alibi_slopes, x.softcap
-        )  # fmt: skip
-
-        def visible(batch, head, query, key):
-            distance = query + offset - key
-            seen = (distance >= 0) & (distance < window)
-            return seen if valid is None else seen & (key >= valid[batch])
-
-        def changed(score, batch, head, query, key):
-            if softcap is not None:
-                score = softcap * torch.tanh(score / softcap)
-            return score if slopes is None else score - slopes[head] * (query + offset - key)
-
-        batch = None if valid is None else x.query.shape[0]
-        mask = self.library().create_block_mask(
-            visible, batch, None, x.query_count, x.key_count, device=x.query.device.type
-        )
-        rule = None if softcap is None and slopes is None else changed
-        wanted = self.library().AuxRequest(lse=True)
-        out, aux = self.attention()(
-            x.query, x.key, x.value, rule, mask, scale=x.scale, enable_gqa=x.group > 1, return_aux=wanted
-        )
-        return out, aux.lse
 
 
 VENDORS = {"flash_attn": FlashAttn(), "xformers": Xformers(), "flex": Flex()}

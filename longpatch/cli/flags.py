@@ -12,7 +12,7 @@ from ..chat.sampling import Sampling
 from ..convert import convert_model
 from ..errors import LongpatchError
 from ..evaluation.arms import SYNTAX, Arm, check_arms, converted_arm, parse_arms
-from ..evaluation.run import Run
+from ..evaluation.run import Run, process_state
 from ..models import load_model
 from ..recall import Recall
 from ..temp_lora import LearnOptions
@@ -34,8 +34,8 @@ def numbers(text: str) -> list[int]:
 
 
 def fractions(text: str) -> list[float]:
-    """A number of even steps from 0 to 1, or the fractions themselves, separated by commas."""
-    if text.isdigit():
+    """A number of even steps from 0 to 1, or the fractions themselves, separated by commas; 0 is one."""
+    if text.isdigit() and text != "0":
         steps = positive(text)
         return [step / max(1, steps - 1) for step in range(steps)]
     return [float(part) for part in text.split(",")]
@@ -66,7 +66,7 @@ def add_model_flags(parser: argparse.ArgumentParser, may_stay: bool = True) -> N
     group.add_argument("--attn", choices=("auto", *IMPLEMENTATIONS), default="auto", help="attention implementation")
     group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     group.add_argument("--peft", metavar="ADAPTER", help="a LoRA to load on top, folder or hub name")
-    group.add_argument("--device-map", metavar="MAP", help="'auto', 'cpu', 'cuda:0', ...: where the layers go")
+    group.add_argument("--device-map", metavar="MAP", help="'auto', 'cpu', ... (default: the GPU, else the CPU)")
     group.add_argument("--load-in-4bit", action="store_true", help="quantise to nf4 while loading (bitsandbytes)")
     group.add_argument("--tp", action="store_true", help="tensor parallel over the processes of torchrun")
     group.add_argument("--seed", type=int, default=0)
@@ -84,12 +84,15 @@ def conversion_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The `(model, tokenizer)` that the flags ask for, unconverted."""
+    """The `(model, tokenizer)` that the flags ask for, unconverted; on this process's CUDA device, where one is."""
+    device_map = arguments.device_map
+    if device_map is None and torch.cuda.is_available() and not arguments.tp:
+        device_map = {"": process_state().device}
     return load_model(
         arguments.model,
         getattr(torch, arguments.dtype),
         adapter=arguments.peft,
-        device_map=arguments.device_map,
+        device_map=device_map,
         quantization="nf4" if arguments.load_in_4bit else "none",
         tensor_parallel=arguments.tp,
     )

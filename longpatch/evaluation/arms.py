@@ -38,7 +38,10 @@ class Arm:
 
     @contextmanager
     def applied(self, model) -> Iterator[None]:
-        """`model` as this arm wants it; afterwards it is unconverted."""
+        """`model` as this arm wants it; afterwards it is unconverted. A constant answer needs none."""
+        if self.answer is not None:
+            yield
+            return
         if self.conversion is not None:
             convert_model(model, **self.conversion)
         try:

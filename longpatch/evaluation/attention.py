@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from ..attention import attend
+from ..errors import LongpatchError
 from ..rope import rotate
 from .arms import Arm
 from .run import Measurement, Sample, Work
@@ -44,6 +46,11 @@ _current: ContextVar[Recorder] = ContextVar("recorder")
 
 def _record(module, query, key, value, attention_mask, scaling=None, longpatch=None, **kwargs):
     """An attention function of transformers: looks at some rows of logits, then attends as the model would."""
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        reason = "its scores are soft-capped, or learned sinks join the softmax"
+        raise LongpatchError("eval attention", [reason], "families of plain softmax")
+    if isinstance(attention_mask, tuple):  # see Family.drops_keywords
+        longpatch, attention_mask = attention_mask, None
     recorder = _current.get()
     places = recorder.positions.to(query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -51,14 +58,16 @@ def _record(module, query, key, value, attention_mask, scaling=None, longpatch=N
     rows, keys = query[0, :, places].float(), key[0].float().repeat_interleave(groups, 0)
     logits = scale * rows @ keys.transpose(1, 2)
     columns = torch.arange(keys.shape[1], device=query.device)
-    visible = columns <= places[:, None]
+    visible = columns <= places[:, None] if attention_mask is None else attention_mask[0, 0, places]
     if longpatch is not None:
         step, _ = longpatch
         settings = step.layers[module.layer_idx]
         config = settings.config
-        near = visible & (places[:, None] - columns < config.local_branch)
+        if config.recall is not None:
+            raise LongpatchError("eval attention", ["recalled tokens join the softmax"], "--recall none")
+        near = (columns <= places[:, None]) & (places[:, None] - columns < config.local_branch)
         logits = logits.masked_fill(~near, -math.inf)
-        if config.global_branch:
+        if config.global_branch and step.far_phase is not None:
             sinks, _, _ = step.sinks(key, value, 0, settings.rotated)
             far_query = rotate(query, step.far_phase) if settings.rotated else query
             far_rows = far_query[0, :, places].float()
@@ -73,14 +82,22 @@ def _record(module, query, key, value, attention_mask, scaling=None, longpatch=N
 
 @contextmanager
 def recording(model, positions: Sequence[int]) -> Iterator[Recorder]:
-    """While it lasts, forwards of `model` (one text, no cache) record the attention of the queries at `positions`."""
+    """While it lasts, forwards of `model` (one text, no cache) record the attention of the queries at `positions`.
+
+    Raises:
+        LongpatchError: in such a forward, for attention that is no plain softmax; afterwards, where none was recorded.
+    """
     AttentionInterface.register(NAME, _record)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
     before = model.config._attn_implementation
     recorder = Recorder(torch.tensor(positions))
     token = _current.set(recorder)
     model.set_attn_implementation(NAME)
     try:
         yield recorder
+        if not recorder.entropy:
+            reason = f"the attention of model_type={model.config.model_type!r} does not go through AttentionInterface"
+            raise LongpatchError("eval attention", [reason], "families whose attention does, such as llama")
     finally:
         model.set_attn_implementation(before)
         _current.reset(token)

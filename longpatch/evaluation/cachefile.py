@@ -17,7 +17,8 @@ def save_cache(cache: Any, path: Path) -> None:
     """Keys, values and counters of a LambdaCache without padding, or a plain DynamicCache, as safetensors."""
     if isinstance(cache, LambdaCache) and cache.padding != Padding():
         raise LongpatchError("save_cache", ["the cache holds padded rows"], "caches of unpadded texts")
-    tensors, counters = {}, {}
+    tensors: dict[str, Any] = {}
+    counters: dict[str, Any] = {"slid": [getattr(layer, "cumulative_length", None) for layer in cache.layers]}
     for number, layer in enumerate(cache.layers):
         tensors |= {f"{number}.keys": layer.keys.contiguous(), f"{number}.values": layer.values.contiguous()}
         memory: Any = getattr(layer, "memory", None)
@@ -32,12 +33,16 @@ def load_cache(model: Any, path: Path) -> Any:
     """The cache that `save_cache` wrote, for `model` in the state it was in then."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
+        counters = json.loads(metadata["counters"])
         if metadata["kind"] == "LambdaCache":
             cache: Any = LambdaCache(model.config)
-            for name, count in json.loads(metadata["counters"]).items():
+            for name, count in counters.items():
                 getattr(cache, name).fill_(count)
         else:
             cache = DynamicCache(config=model.config)
+            for layer, count in zip(cache.layers, counters["slid"], strict=True):
+                if count is not None:
+                    layer.cumulative_length = count
         for number, layer in enumerate(cache.layers):
             keys, values = (file.get_tensor(f"{number}.{name}").to(model.device) for name in ("keys", "values"))
             layer.lazy_initialization(keys, values)

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from ..data.documents import Document
 from .arms import Arm
-from .run import Measurement, Sample, Work
+from .run import Measurement, Sample, Work, digest
 
 ARMS = ("original", "lambda")
 WAYS = ("hidden", "shuffled")
@@ -27,7 +27,10 @@ def windows(ids: Tensor, length: int, limit: int | None = None) -> list[Tensor]:
 def window_samples(name: str, ids: Tensor, length: int, scored: int, limit: int) -> list[Sample]:
     """One sample a window of a text's `ids` [n]; of each, the last `scored` tokens count."""
     cut = windows(ids, length, limit)
-    return [Sample({}, {"text": name, "window": number}, (window, scored), length) for number, window in enumerate(cut)]
+    return [
+        Sample({}, {"text": name, "window": number, "digest": digest(window)}, (window, scored), length)
+        for number, window in enumerate(cut)
+    ]
 
 
 def answer_samples(
@@ -36,7 +39,7 @@ def answer_samples(
     """One sample a conversation that has `distance` tokens before its last answer, and no more than `length` in all."""
     for number, (ids, scored) in enumerate(answers(documents, bos)):
         if distance < len(ids) - scored and len(ids) <= length:
-            yield Sample({}, {"text": name, "row": number}, (ids, scored), len(ids))
+            yield Sample({}, {"text": name, "row": number, "digest": digest(ids)}, (ids, scored), len(ids))
 
 
 def answers(documents: Iterable[Document], bos: int | None) -> Iterator[tuple[Tensor, int]]:
@@ -61,7 +64,7 @@ class Distance:
 
     def measure(self, arm: Arm, sample: Sample, work: Work) -> Iterator[Measurement]:
         window, scored = sample.content
-        number = next(value for name, value in sample.identity.items() if name != "text")
+        number = sample.identity.get("window", sample.identity.get("row"))
         read = distance_losses(self.model, window, self.distances, scored, self.bos, self.seed + number)
         _, _, full = next(read)
         for way, distance, loss in read:

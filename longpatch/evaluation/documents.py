@@ -1,5 +1,6 @@
 """Texts to read: files, folders, rows of JSON lines, files of token ids."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..data.binary import read_binary
 from ..data.sources import parse_row
 from ..errors import LongpatchError
+from .run import digest
 
 SUPPORTED = "UTF-8 .txt files, .jsonl rows with a text, .bin files of token ids, or folders of these"
 
@@ -23,6 +25,14 @@ class Document:
     text: str | None = None
     file: Path | None = None
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """Its name, and what tells it from others of that name."""
+        if self.file is None:
+            return {"document": self.name, "digest": digest(self.text)}
+        with self.file.open("rb") as file:
+            return {"document": self.name, "digest": hashlib.file_digest(file, "sha256").hexdigest()[:12]}
+
     def ids(self, tokenizer, limit: int | None = None) -> Tensor:
         """Token ids [n], BOS first where the tokenizer has one; the first `limit` of them.
 
@@ -33,9 +43,12 @@ class Document:
             return torch.from_numpy(read_binary(self.file, tokenizer, described=False)[:limit].astype("int64"))
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         text = self.text or ""
-        # A token holds at least one character of most texts, and is rarely longer than 12.
-        text = text if limit is None or len(text) < 16 * limit else text[: 16 * limit]
-        return torch.tensor((bos + tokenizer.encode(text, add_special_tokens=False))[:limit])
+        cut = len(text) if limit is None else 16 * limit  # enough of most texts, too little of many blanks
+        ids = tokenizer.encode(text[:cut], add_special_tokens=False)
+        while limit is not None and len(ids) <= limit and cut < len(text):
+            cut *= 2
+            ids = tokenizer.encode(text[:cut], add_special_tokens=False)
+        return torch.tensor((bos + ids)[:limit])
 
 
 def read_documents(paths: list[Path], field: str = "text", start: int = 0, limit: int | None = None) -> list[Document]:
@@ -74,7 +87,7 @@ def _read_text(path: Path, field: str) -> Iterator[Document]:
 
 def _read_rows(path: Path, field: str) -> Iterator[Document]:
     for number, (place, row) in enumerate(_placed_rows(path)):
-        if not isinstance(row.get(field), str):
+        if not isinstance(row.get(field), str) or not row[field].strip():
             raise LongpatchError("documents", [f"{place} has no text in {field!r}"])
         yield Document(str(row.get("id", f"{path.name}:{number}")), row[field])
 
@@ -91,12 +104,23 @@ def read_rows(path: Path) -> list[dict]:
     """Rows of a JSON lines file, or of a JSON file that is one list.
 
     Raises:
-        LongpatchError: naming file and line.
+        LongpatchError: naming file and line; for a file without rows.
     """
     try:
-        return [row for _, row in _placed_rows(path)]
+        rows = [row for _, row in _placed_rows(path)]
     except OSError as error:
         raise LongpatchError("rows", [f"{path}: {error.strerror}"], "JSON lines, or a list in .json") from error
+    if not rows:
+        raise LongpatchError("rows", [f"{path} holds no rows"], "JSON lines, or a list in .json")
+    return rows
+
+
+def check_row(call: str, number: int, row: dict, **fields: type | tuple[type, ...]) -> None:
+    """Raises LongpatchError naming each of `fields`, of these types, that row `number` does not have, or has empty."""
+    wrong = [name for name, kind in fields.items() if not isinstance(row.get(name), kind) or row[name] in ("", [])]
+    if wrong:
+        reasons = [f"row {number} has no {name!r}" for name in wrong]
+        raise LongpatchError(call, reasons, f"rows with {', '.join(fields)}")
 
 
 def _placed_rows(path: Path) -> list[tuple[str, dict]]:

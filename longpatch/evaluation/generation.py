@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import LongpatchError
 from .arms import Arm
 from .documents import Document
 from .metrics import bleu, rouge, sentence_bleu
@@ -14,14 +15,22 @@ from .run import Measurement, Sample, Work
 def generation_samples(
     documents: Iterable[Document], tokenizer, positions: Sequence[int], new_tokens: int
 ) -> list[Sample]:
-    """One sample for each document and position that leaves `new_tokens` tokens to compare with."""
+    """One sample for each document and position that leaves `new_tokens` tokens to compare with.
+
+    Raises:
+        LongpatchError: where there is none.
+    """
     samples = []
     for document in documents:
         ids = document.ids(tokenizer, max(positions) + new_tokens)
+        identity = document.identity
         for position in positions:
             if position + new_tokens <= len(ids):
                 content = ids[:position], ids[position : position + new_tokens]
-                samples.append(Sample({"length": position}, {"document": document.name}, content, position))
+                samples.append(Sample({"length": position}, identity, content, position))
+    if not samples:
+        reason = f"no text has {min(positions) + new_tokens} tokens"
+        raise LongpatchError("eval generation", [reason], "texts of position and --new-tokens together")
     return samples
 
 

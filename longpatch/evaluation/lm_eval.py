@@ -7,6 +7,7 @@ import logging
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from lm_eval.api.registry import model_registry  # pyright: ignore[reportMissingImports]
 from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
@@ -14,7 +15,9 @@ from ..convert import convert_model
 from ..errors import LongpatchError
 from ..families import trained_length
 from ..models import load_model
+from ..recall import Recall
 from .prompts import cut_middle
+from .run import process_state
 
 NAME = "longpatch"
 TRUNCATIONS = ("error", "left", "right", "center")
@@ -31,14 +34,19 @@ class LongpatchLM(_Base):
         pretrained: a folder, a hub name, a .gguf file, "demo" or "smollm2".
         local_branch: window in tokens, `global_branch` sinks, `limit_distance`: as in `convert_model`.
         convert: False leaves the model as it is.
-        rope_theta: another base of the rotary frequencies.
+        attn: as the flag --attn, `recall` as the flag --recall.
+        rope_theta: another base of the rotary frequencies, where all layers have the same.
         peft: a LoRA on top.
         truncation: what becomes of an input longer than `max_length`: "error" (the default), or "left", "right" or
             "center", the part that is cut out. Nothing is cut in silence.
-        max_length: tokens of the longest input. Default: a million for a converted model, else its trained length.
+        max_length: tokens of the longest input, to which no room is added for what is generated. Default: a million for
+            a converted model; else its trained length, of which a prompt leaves room for its answer.
+
+    Under `accelerate launch` or torchrun each process takes its share of the requests, on its own device.
 
     Raises:
-        LongpatchError: for settings that are none, and for an over-long input when truncation is "error".
+        LongpatchError: for settings that are none, for an over-long input when truncation is "error", and where
+            batch_size=auto has no length to try.
     """
 
     def __init__(
@@ -48,6 +56,8 @@ class LongpatchLM(_Base):
         global_branch: int | None = None,
         limit_distance: int | None = None,
         convert: bool = True,
+        attn: str = "auto",
+        recall: str | None = None,
         rope_theta: float | None = None,
         peft: str | None = None,
         truncation: str = "error",
@@ -60,6 +70,7 @@ class LongpatchLM(_Base):
     ):
         if truncation not in TRUNCATIONS:
             raise LongpatchError("lm-eval", [f"truncation={truncation!r}"], ", ".join(TRUNCATIONS))
+        processes = process_state()  # which chooses this one's device
         model, tokenizer = load_model(
             pretrained,
             getattr(torch, dtype),
@@ -70,13 +81,24 @@ class LongpatchLM(_Base):
         if rope_theta is not None:
             set_rope_theta(model, float(rope_theta))
         if convert:
-            convert_model(model, local_branch, global_branch, limit_distance=limit_distance)
+            chosen = recall if recall is None else recall != "none" and Recall.parse(recall)
+            convert_model(
+                model,
+                local_branch,
+                global_branch,
+                limit_distance=limit_distance,
+                implementation=attn,
+                recall=chosen,
+            )
         if device_map is None and not load_in_4bit:
             model.to(device if device and torch.cuda.is_available() else "cpu")
         trained = trained_length(model.config)
         longest = max_length or (UNBOUNDED if convert else trained)
         super().__init__(model, tokenizer=tokenizer, max_length=longest, dtype=dtype, **options)
-        self.cut = truncation
+        self.cut, self.asked_length, self.bounded = truncation, max_length, bool(max_length) or not convert
+        if processes.num_processes > 1:  # lm-eval does so for models that it opens itself
+            self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+            self._rank, self._world_size = processes.process_index, processes.num_processes
 
     def shorten(self, tokens: list[int], room: int) -> list[int]:
         """`tokens` cut to `room` as `truncation` says, with a warning.
@@ -97,6 +119,12 @@ class LongpatchLM(_Base):
             return cut_middle(torch.tensor(tokens), room).tolist()
         return tokens[-room:] if self.cut == "left" else tokens[:room]
 
+    def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+        if requests is None and not self.bounded:  # it would try the longest input there can be
+            reason = "batch_size=auto, where prompts may have any length"
+            raise LongpatchError("lm-eval", [reason], "a number, or max_length=N")
+        return super()._detect_batch_size(requests, pos)
+
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         fitting = [
             (strings, self.shorten(context, self.max_length + 1 - len(continuation)), continuation)
@@ -111,18 +139,32 @@ class LongpatchLM(_Base):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask [B, n], padded on `padding_side`; rows longer than `left_truncate_len` are cut."""
+        """Token ids and mask [B, n], padded on `padding_side`; where `left_truncate_len` is given rows are cut.
+
+        To the `max_length` that was asked for, or to `left_truncate_len`, which lm-eval makes of the model's.
+        """
         rows = [cast(list[int], self.tok_encode(string)) for string in strings]
-        rows = [row if left_truncate_len is None else self.shorten(row, left_truncate_len) for row in rows]
+        if left_truncate_len is not None:
+            rows = [self.shorten(row, self.asked_length or left_truncate_len) for row in rows]
         padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
         return padded["input_ids"], padded["attention_mask"]
 
 
 def set_rope_theta(model: Any, theta: float) -> None:
-    """Give an open model another base of its rotary frequencies."""
+    """Give an open model another base of its rotary frequencies.
+
+    Raises:
+        LongpatchError: where it has none, or several.
+    """
     config = model.config
-    config.rope_parameters = {**config.rope_parameters, "rope_theta": theta}
     base = model.get_base_model().base_model if hasattr(model, "get_base_model") else model.base_model
+    given = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" not in given or not hasattr(base, "rotary_emb"):
+        kinds = [name for name, value in given.items() if isinstance(value, dict)]
+        reason = f"a base for each of {', '.join(kinds)}" if kinds else "no rotary embedding with a base"
+        reason = f"rope_theta: model_type={config.model_type!r} has {reason}"
+        raise LongpatchError("lm-eval", [reason], "models whose layers share one")
+    config.rope_parameters = {**given, "rope_theta": theta}
     base.rotary_emb = type(base.rotary_emb)(config=config).to(model.device)
 
 

@@ -23,9 +23,9 @@ def memory_samples(lengths: Sequence[int]) -> list[Sample]:
 class Memory:
     """The evaluation, over `ids` [n] read from the start.
 
-    Gives "cache" (bytes of keys and values held after the text), "peak_memory" (the most the process, or the CUDA
-    device, held while reading and writing), "prefill" (median time per token over the last quarter of the text) and
-    "decode" (median time of a token written after it).
+    Gives "cache" (bytes of keys and values held after the text), "peak_memory" (the most held while reading and
+    writing: by the process, or on the model's CUDA device), "prefill" (median time per token over the last quarter of
+    the text) and "decode" (median time of a token written after it).
     """
 
     model: Any
@@ -37,7 +37,7 @@ class Memory:
     def measure(self, arm: Arm, sample: Sample, work: Work) -> list[Measurement]:
         length = sample.settings["length"]
         text = self.ids.repeat(-(-length // len(self.ids)))[:length].to(self.model.device)
-        reset_peak()
+        reset_peak(self.model.device)
         cache, chunks, tokens = None, [], []
         for start in range(0, length, self.chunk):
             part = text[None, start : start + self.chunk]
@@ -54,7 +54,7 @@ class Memory:
         last = chunks[len(chunks) * 3 // 4 :]
         return [
             Measurement("cache", held / MIB, "MiB"),
-            Measurement("peak_memory", peak_bytes() / MIB, "MiB"),
+            Measurement("peak_memory", peak_bytes(self.model.device) / MIB, "MiB"),
             Measurement("prefill", statistics.median(last), "ms/token", len(last)),
             Measurement("decode", statistics.median(tokens), "ms/token", len(tokens)),
         ]
@@ -64,15 +64,15 @@ def timed(model, **inputs) -> tuple[float, Any]:
     """Seconds that a forward takes, and its output."""
     began = time.perf_counter()
     output = model(**inputs)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
     return time.perf_counter() - began, output
 
 
-def reset_peak() -> None:
+def reset_peak(device: str | torch.device = "cpu") -> None:
     """Begin to count the peak anew, where the system lets us: CUDA, Linux."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
         return
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -80,10 +80,10 @@ def reset_peak() -> None:
         return
 
 
-def peak_bytes() -> int:
-    """The most memory held since `reset_peak`: of the CUDA device where there is one, of this process elsewhere."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_bytes(device: str | torch.device = "cpu") -> int:
+    """The most memory held since `reset_peak`: on `device` where that is a CUDA device, of this process elsewhere."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.is_file():
         (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]

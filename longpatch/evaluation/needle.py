@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from .arms import Arm
 from .metrics import best, contains, rouge, similarity
 from .prompts import Answerer, bury, sentences
-from .run import Measurement, Sample, Work
+from .run import Measurement, Sample, Work, digest
 
 TASK = (
     "There is an important infomation hidden in the following context. Find the information and memorize it. I will "
@@ -20,17 +21,25 @@ NEEDLE = "\n\nThe best thing to do in San Francisco is eat a sandwich and sit in
 QUESTION = "\n\nWhat is the best thing to do in San Francisco?"
 ANSWER = "eat a sandwich and sit in Dolores Park on a sunny day"
 METRICS = ("rouge", "match")
+Judge = Callable[[str, str, str], float]
 
 
-def needle_samples(lengths: Sequence[int], depths: Sequence[float], trials: int, seed: int) -> list[Sample]:
-    """`trials` for each of `lengths` (tokens) and `depths`, each beginning elsewhere in the haystack."""
-    rng = random.Random(seed)
-    return [
-        Sample({"length": length, "depth": depth}, {"trial": trial}, rng.random(), length)
-        for length in lengths
-        for depth in depths
-        for trial in range(trials)
-    ]
+def needle_samples(
+    lengths: Sequence[int], depths: Sequence[float], trials: int, seed: int, texts: Sequence[str] = ()
+) -> list[Sample]:
+    """`trials` for each of `lengths` (tokens) and `depths`, each beginning elsewhere in the haystack.
+
+    `texts`: haystack, needle, question, by which these samples differ from those of other runs.
+    """
+    rng, made_of = random.Random(seed), digest(list(texts))
+    samples = []
+    for length in lengths:
+        for depth in depths:
+            for trial in range(trials):
+                start = rng.random()
+                identity = {"trial": trial, "digest": digest(made_of, start)}
+                samples.append(Sample({"length": length, "depth": depth}, identity, start, length))
+    return samples
 
 
 def scores(answer: str, target: str, metrics: Sequence[str]) -> dict[str, float]:
@@ -54,7 +63,7 @@ class Needle:
     question: str = QUESTION
     target: str = ANSWER
     metrics: Sequence[str] = METRICS
-    judge: Callable[[str, str, str], float] | None = None
+    judge: Judge | None = None
 
     @classmethod
     def create(cls, answerer: Answerer, text: str, **options) -> "Needle":
@@ -73,11 +82,14 @@ class Needle:
 
     def measure(self, arm: Arm, sample: Sample, work: Work) -> list[Measurement]:
         ids, depth = self.prompt(sample)
-        return self.score(self.answerer.answer(arm, ids), depth)
+        answer = self.answerer.answer(arm, ids)
+        said = {"answer": answer, "placed": depth, "question": self.question, "target": self.target}
+        return mark(said, self.metrics, self.judge)
 
-    def score(self, answer: str, depth: float | None) -> list[Measurement]:
-        marks = scores(answer, self.target, self.metrics)
-        if self.judge is not None:
-            marks["judge"] = self.judge(self.question, self.target, answer)
-        detail = {"answer": answer, "placed": depth}
-        return [Measurement(name, mark, detail=detail) for name, mark in marks.items()]
+
+def mark(said: dict[str, Any], metrics: Sequence[str], judge: Judge | None) -> list[Measurement]:
+    """Scores of what was `said`: {"answer", "question", "target", ...}, which they keep."""
+    marks = scores(said["answer"], said["target"], metrics)
+    if judge is not None:
+        marks["judge"] = judge(said["question"], said["target"], said["answer"])
+    return [Measurement(name, value, detail=said) for name, value in marks.items()]

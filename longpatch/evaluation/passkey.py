@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .arms import Arm
+from .documents import check_row
 from .metrics import exact_number, first_number, similarity
 from .prompts import Answerer, bury, sentences
-from .run import Measurement, Sample, Work
+from .run import Measurement, Sample, Work, digest
 
 GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 
@@ -55,13 +56,20 @@ def passkey_line(key: str) -> str:
 
 
 def passkey_samples(
-    lengths: Sequence[int], depths: Sequence[float], trials: int, digits: int, placement: str, seed: int
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    trials: int,
+    digits: int,
+    placement: str,
+    seed: int,
+    text: str | None = None,
 ) -> list[Sample]:
     """Keys of `digits` digits: `trials` for each of `lengths` (tokens) and `depths`.
 
-    `placement` "grid" takes the depths as they are; "random" and "first-half" draw one for every trial instead.
+    `placement` "grid" takes the depths as they are; "random" and "first-half" draw one for every trial instead. `text`
+    is the filler, by which these samples differ from those of other runs.
     """
-    rng = random.Random(seed)
+    rng, filler = random.Random(seed), digest(text)
     samples = []
     for length in lengths:
         for depth in depths if placement == "grid" else [None]:
@@ -70,19 +78,25 @@ def passkey_samples(
                 drawn = rng.random() / (2 if placement == "first-half" else 1)
                 offset = rng.random()
                 settings = {"length": length} if depth is None else {"length": length, "depth": depth}
-                identity = {"trial": trial, "key": key}
                 content = {"key": key, "depth": drawn if depth is None else depth, "offset": offset}
+                identity = {"trial": trial, "key": key, "digest": digest(filler, content)}
                 samples.append(Sample(settings, identity, content, length))
     return samples
 
 
 def row_samples(rows: Iterable[dict]) -> list[Sample]:
-    """Samples of rows with "input" and "target", as LM-Infinite's data has them; "length" and "depth" where given."""
+    """Samples of rows with "input" and "target", as LM-Infinite's data has them; "length" and "depth" where given.
+
+    Raises:
+        LongpatchError: naming the row that lacks one.
+    """
     samples = []
     for number, row in enumerate(rows):
+        check_row("eval passkey", number, row, input=str, target=(str, int))
         settings = {name: row[name] for name in ("length", "depth") if name in row}
         content = {"key": str(row["target"]), "text": row["input"]}
-        samples.append(Sample(settings, {"row": number, "key": str(row["target"])}, content, max(1, len(row["input"]))))
+        identity = {"row": number, "key": content["key"], "digest": digest(content)}
+        samples.append(Sample(settings, identity, content, max(1, len(row["input"]))))
     return samples
 
 

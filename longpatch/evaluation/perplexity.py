@@ -45,19 +45,17 @@ def stream_nll(model, ids: Tensor, chunk_tokens: int = 512, cache: Cache | None 
 
 
 def window_nll(model, ids: Tensor, window: int, bos: int | None, batch: int = 16) -> Iterator[Tensor]:
-    """NLL of `ids` [n] cut into windows of `window` tokens that know nothing of each other, in batches of windows.
+    """NLL of ids[1:], `ids` [n] cut into windows of `window` tokens that know nothing of each other, in batches.
 
-    Each window starts with `bos`, which takes one of its places, so that every token is scored; without a BOS token the
-    first token of each window goes unscored.
+    One place of each window is taken by `bos`, or by the token before it where there is no BOS: every token is scored.
     """
-    stride = window - 1 if bos is not None else window
-    cut = [ids[start : start + stride] for start in range(0, len(ids), stride)]
+    starts = range(1, len(ids), window - 1)
+    cut = [ids[start - 1 : start - 1 + window].clone() for start in starts]
     if bos is not None:
-        cut = [torch.cat((piece.new_tensor([bos]), piece)) for piece in cut]
+        for piece in cut:
+            piece[0] = bos
     full, tail = [piece for piece in cut if len(piece) == window], [piece for piece in cut if len(piece) < window]
-    for rows in [full[i : i + batch] for i in range(0, len(full), batch)] + [
-        [piece] for piece in tail if len(piece) > 1
-    ]:
+    for rows in [full[i : i + batch] for i in range(0, len(full), batch)] + [[piece] for piece in tail]:
         inputs = torch.stack(rows).to(model.device)
         with torch.no_grad():
             logits = model(input_ids=inputs, use_cache=False).logits[:, :-1].float()

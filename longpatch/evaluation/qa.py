@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .arms import Arm
+from .documents import check_row
 from .metrics import best, normalised, token_f1
 from .prompts import Answerer
-from .run import Measurement, Sample, Work
+from .run import Measurement, Sample, Work, digest
 
 ARTICLE = (
     "You are given a scientific article and a question. Answer the question as concisely as you can, using a single "
@@ -29,12 +30,17 @@ STARTS = {"qasper": ANSWER_START, "narrativeqa": ANSWER_START, "plain": ""}
 
 
 def qa_samples(rows: Iterable[dict]) -> list[Sample]:
-    """Samples of rows with "context", "question" and "answers" (a list, or one string)."""
+    """Samples of rows with "context", "question" and "answers" (a list, or one string).
+
+    Raises:
+        LongpatchError: naming the row that lacks one.
+    """
     samples = []
     for number, row in enumerate(rows):
-        answers = [row["answers"]] if isinstance(row["answers"], str) else list(row["answers"])
+        check_row("eval qa", number, row, context=str, question=str, answers=(str, list))
+        answers = [row["answers"]] if isinstance(row["answers"], str) else list(map(str, row["answers"]))
         content = {"context": row["context"], "question": row["question"], "answers": answers}
-        identity = {"row": row.get("id", number)}
+        identity = {"row": row.get("id", number), "digest": digest(content)}
         samples.append(Sample({}, identity, content, max(1, len(row["context"]))))
     return samples
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import LongpatchError
 from .arms import Arm
 from .cachefile import load_cache, save_cache
 from .documents import Document
 from .perplexity import MIB, cache_bytes, sliding_scores, stream_nll, window_nll
-from .run import Measurement, Sample, Work
+from .run import Measurement, Sample, Work, digest
 
 ARMS = ("original", "lambda", "fresh", "truncate")
 
@@ -49,7 +50,8 @@ class Reading:
     """How a document is read.
 
     Attributes:
-        edges: positions in tokens at which spans begin, rising from 0; the last span ends where reading ends.
+        edges: positions in tokens at which spans begin and end, rising from 0; what lies past the last is one span. A
+            span is named by its edges where the text ends within it, so that texts of any length have the same ones.
         chunk: tokens per forward.
         save_every: keep what a killed run needs to go on, each time so many tokens are read.
     """
@@ -65,24 +67,35 @@ def document_samples(
     """One sample a document: BOS and the first `length` tokens of the text, BOS included, read `repeat` times over.
 
     With `join` one sample of all: the first document so, and the others' tokens after it, without their BOS.
+
+    Raises:
+        LongpatchError: naming those of fewer than two tokens.
     """
-    texts = [(document.name, document.ids(tokenizer, length), document.text is not None) for document in documents]
+    texts = [(document.identity, document.ids(tokenizer, length), document.text is not None) for document in documents]
     if join:
-        (name, first, _), *others = texts
-        whole = torch.cat([first, *(ids[int(ids[0] == tokenizer.bos_token_id) :] for _, ids, _ in others)])
-        texts = [(f"{name} and {len(others)} more", whole, all(known for _, _, known in texts))]
+        (first, start, _), *others = texts
+        whole = torch.cat([start, *(ids[int(ids[:1].tolist() == [tokenizer.bos_token_id]) :] for _, ids, _ in others)])
+        joined = {
+            "document": f"{first['document']} and {len(others)} more",
+            "digest": digest(*(identity["digest"] for identity, _, _ in texts)),
+        }
+        texts = [(joined, whole, all(known for _, _, known in texts))]
+    empty = [f"{identity['document']} has no token to predict" for identity, ids, _ in texts if len(ids) < 2]
+    if empty:
+        raise LongpatchError("documents", empty, "texts, and a --length, of two tokens at least, BOS included")
     samples = []
-    for name, ids, known in texts:
+    for identity, ids, known in texts:
+        text_bytes = repeat * len(tokenizer.decode(ids[1:]).encode()) if known else None
         ids = torch.cat((ids, ids[1:].repeat(repeat - 1))) if repeat > 1 else ids
-        content = {"ids": ids, "bytes": len(tokenizer.decode(ids[1:]).encode()) if known else None}
-        samples.append(Sample({}, {"document": name}, content, max(1, len(ids) - 1)))
+        content = {"ids": ids, "bytes": text_bytes}
+        samples.append(Sample({}, identity, content, len(ids) - 1))
     return samples
 
 
 def doubling_edges(first: int, length: int) -> tuple[int, ...]:
-    """0, first, 2 first, 4 first, ... below `length`."""
+    """0, first, 2 first, 4 first, ... up to the first of them that is not below `length`."""
     edges = [0]
-    while max(first, 2 * edges[-1]) < length:
+    while edges[-1] < length:
         edges.append(max(first, 2 * edges[-1]))
     return tuple(edges)
 
@@ -96,7 +109,8 @@ def measure_positions(model, tokenizer, reading: Reading, arm: Arm, sample: Samp
     from pooling documents. A document through one kept cache can be interrupted and taken up again.
     """
     ids = sample.content["ids"]
-    edges = [edge for edge in reading.edges if edge < len(ids) - 1] + [len(ids) - 1]
+    within = [edge for edge in reading.edges if edge < len(ids) - 1]
+    edges = [*within, next((edge for edge in reading.edges if edge >= len(ids) - 1), len(ids) - 1)]
     spans = {span: Span() for span in itertools.pairwise(edges)}
     streamed = not (arm.window or arm.keep)
     state = State(work.state, arm, sample) if work.state is not None and streamed else None
@@ -122,7 +136,7 @@ def _parts(model, tokenizer, reading: Reading, arm: Arm, ids: Tensor, done: int,
     """(first position, NLL [tokens], cache) of each part; position p is that of the token after ids[p]."""
     place = 0
     if arm.window:
-        for nll in window_nll(model, ids[1:], arm.window, tokenizer.bos_token_id, batch=max(1, 4096 // arm.window)):
+        for nll in window_nll(model, ids, arm.window, tokenizer.bos_token_id, batch=max(1, 4096 // arm.window)):
             yield place, nll, None
             place += len(nll)
         return

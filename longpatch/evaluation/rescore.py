@@ -5,11 +5,19 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import LongpatchError
-from .run import Measurement
+from .arms import Arm
+from .run import Measurement, Run, Sample, digest
+
+ARM = Arm("saved answers", answer="")
 
 
-def rescore(records: list[dict[str, Any]], score: Callable[[str, Any], list[Measurement]]) -> list[dict[str, Any]]:
-    """For every answer in `records` the records of `score(answer, placed)`; all else is as it was recorded.
+def rescore(
+    run: Run,
+    records: list[dict[str, Any]],
+    score: Callable[[dict[str, Any]], list[Measurement]],
+    limit: int | None = None,
+) -> list[dict[str, Any]]:
+    """For the first `limit` answers in `records` those of `score(detail)`; all else is as it was recorded.
 
     Raises:
         LongpatchError: if there are no answers.
@@ -20,9 +28,13 @@ def rescore(records: list[dict[str, Any]], score: Callable[[str, Any], list[Meas
             answers.setdefault(json.dumps([record["model"], record["settings"], record["sample"]]), record)
     if not answers:
         raise LongpatchError("--rescore", ["no record holds an answer"])
-    again = []
-    for record in answers.values():
-        for measured in score(record["detail"]["answer"], record["detail"].get("placed")):
-            values = {"metric": measured.metric, "value": measured.value, "unit": measured.unit, "n": measured.n}
-            again.append({**record, **values, "detail": measured.detail})
-    return again
+    samples = [
+        Sample({}, {"number": number, "digest": digest(record["detail"])}, record)
+        for number, record in enumerate(list(answers.values())[:limit])
+    ]
+    again = run.records(None, [ARM], samples, lambda arm, sample, work: score(sample.content["detail"]))
+    return [
+        samples[line["sample"]["number"]].content
+        | {name: line[name] for name in ("metric", "value", "unit", "n", "detail")}
+        for line in again
+    ]

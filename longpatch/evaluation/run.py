@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import LongpatchError
@@ -24,7 +25,8 @@ class Sample:
 
     Attributes:
         settings: what results are grouped by, JSON values: {"length": 256, "depth": 0.5}.
-        identity: what tells it from others of the same settings, JSON values; kept in its records.
+        identity: what tells it from all others of the same settings, in other runs too: a name, JSON values, and the
+            `digest` of its content; kept in its records.
         content: what the measure needs; not recorded.
         size: its share of the work, in any unit.
     """
@@ -33,6 +35,16 @@ class Sample:
     identity: dict[str, Any]
     content: Any = None
     size: int = 1
+
+
+def digest(*contents: Any) -> str:
+    """12 digits that tell contents from others: texts, bytes, token ids [n], JSON values."""
+    whole = hashlib.sha256()
+    for content in contents:
+        data = content.cpu().numpy().tobytes() if isinstance(content, Tensor) else content
+        data = data if isinstance(data, bytes) else json.dumps(data).encode()
+        whole.update(f"{len(data)}:".encode() + data)
+    return whole.hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,12 @@ class Run:
         Under `accelerate launch` each process takes its share of the samples; process 0 returns (and writes) all of
         them, the others an empty list. A journal beside `out` takes one line per finished sample, so that a killed run
         goes on where it was and ends with the same records.
+
+        Raises:
+            LongpatchError: where there is nothing to measure; for a journal of another run.
         """
+        if not samples:
+            raise LongpatchError(self.command, ["no samples"])
         processes = process_state()
         journal = Journal(self, arms, samples, processes.process_index)
         share = range(processes.process_index, len(samples), processes.num_processes)
@@ -215,7 +232,7 @@ class Journal:
 
 def _identity(run: Run, arms: Sequence[Arm], samples: Sequence[Sample]) -> dict[str, Any]:
     """What must agree for two runs to be one."""
-    described = json.dumps([[sample.settings, sample.identity] for sample in samples], sort_keys=True)
+    described = json.dumps([[sample.settings, sample.identity, sample.size] for sample in samples], sort_keys=True)
     return {
         "command": run.command,
         "model": run.model_name,

@@ -3,11 +3,13 @@
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .arms import Arm
+from .documents import check_row
 from .metrics import contains, exact_number
 from .prompts import Answerer
-from .run import Measurement, Sample, Work
+from .run import Measurement, Sample, Work, digest
 
 TOPICS = (
     "the history of bridges", "keeping bees", "the art of mosaic", "sleep and dreams", "volcanoes", "learning chess",
@@ -76,9 +78,15 @@ def line_samples(counts: Sequence[int], trials: int, seed: int) -> list[Sample]:
 
 
 def row_samples(rows: Iterable[dict]) -> list[Sample]:
-    """Samples of LongEval's own files: rows with "prompt" and either "topics" or "expected_number"."""
+    """Samples of LongEval's own files: rows with "prompt" and either "topics" or "expected_number".
+
+    Raises:
+        LongpatchError: naming the row that lacks one.
+    """
     samples = []
     for number, row in enumerate(rows):
+        wanted: dict[str, Any] = {"topics": list} if "topics" in row else {"expected_number": (int, str)}
+        check_row("eval topic", number, row, prompt=str, **wanted)
         if "topics" in row:
             samples.append(_sample("topic", len(row["topics"]), number, row["prompt"], row["topics"][0]))
         else:
@@ -103,7 +111,8 @@ class Topic:
 
 def _sample(task: str, count: int, trial: int, prompt: str, target: str) -> Sample:
     settings = {"task": task, "length": count}
-    return Sample(settings, {"trial": trial, "target": target}, (prompt, target), max(1, len(prompt)))
+    identity = {"trial": trial, "target": target, "digest": digest(prompt)}
+    return Sample(settings, identity, (prompt, target), max(1, len(prompt)))
 
 
 def _drawn(rng: random.Random, names: Sequence[str], count: int) -> list[str]:

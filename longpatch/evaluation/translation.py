@@ -13,9 +13,10 @@ from ..errors import LongpatchError
 from ..temp_lora import LearnOptions, Segment, temp_lora
 from ..temp_lora.segments import guofeng_segments, recent
 from .arms import Arm
+from .documents import check_row
 from .metrics import comet, sentence_bleu
-from .prompts import Answerer
-from .run import Measurement, Sample, Work
+from .prompts import Answerer, cut_middle
+from .run import Measurement, Sample, Work, digest
 
 TASK = "Translate the last line.\n\n"
 PAIR = "{source_name}: {source}\n{target_name}:"
@@ -23,10 +24,13 @@ PAIR = "{source_name}: {source}\n{target_name}:"
 
 @dataclass(frozen=True)
 class Translated:
-    """What came of one segment: the prediction, and the mean NLL in nats of the `tokens` of its reference."""
+    """What came of one segment: the prediction, and the mean NLL in nats of the `tokens` of its reference.
+
+    A constant answer has no NLL.
+    """
 
     output: str
-    nll: float
+    nll: float | None
     tokens: int
 
 
@@ -40,19 +44,25 @@ def segment_samples(documents: Iterable[dict], context: str = "k3") -> list[Samp
     book: list[Segment] = []
     for number, document in enumerate(documents):
         if document.get("segments"):
+            check_row("eval translation", number, document, segments=list)
+            for place, row in enumerate(document["segments"]):
+                check_row(f"eval translation, row {number}, segments", place, row, source=str, target=str)
             segments = [Segment(row["source"], row["target"]) for row in document["segments"]]
             found.append((document.get("id", number), segments))
         elif document.get("inference"):
+            check_row("eval translation", number, document, inference=list)
+            for place, row in enumerate(document["inference"]):
+                check_row(f"eval translation, row {number}, inference", place, row, zh=str, en=str)
             if not book:
                 found.append((document.get("id", number), book))
             book += guofeng_segments(document, context, first=not book)
         else:
             raise LongpatchError("eval translation", [f"row {number} has no segments"], '"segments" or "inference"')
-    sizes = [sum(len(segment.source) for segment in segments) for _, segments in found]
-    return [
-        Sample({}, {"document": name}, segments, max(1, size))
-        for (name, segments), size in zip(found, sizes, strict=True)
-    ]
+    samples = []
+    for name, segments in found:
+        identity = {"document": name, "digest": digest([[s.source, s.reference, s.before] for s in segments])}
+        samples.append(Sample({}, identity, segments, max(1, sum(len(segment.source) for segment in segments))))
+    return samples
 
 
 @dataclass
@@ -80,9 +90,10 @@ class Translator:
                 shown = [self._pair(source) + f" {target}\n\n" for source, target in recent(done, pairs)]
                 prompt = self.answerer.encode("".join([TASK, *shown, self._pair(segment.source)]))
                 ids = self.answerer.wrap(prompt)
+                ids = cut_middle(ids, arm.keep) if arm.keep else ids
                 output = self.answerer.answer(arm, ids).strip()
                 reference = self.answerer.encode(f" {segment.reference}")
-                nll = reference_nll(self.answerer.model, ids, reference)
+                nll = None if arm.answer is not None else reference_nll(self.answerer.model, ids, reference)
                 shown_later = output if self.own else str(segment.reference)
                 if learner is not None and shown_later:
                     learner.learn(ids[None], self.answerer.encode(f" {shown_later}\n")[None])
@@ -124,7 +135,8 @@ class Translation:
                 setting = {"translator": name}
                 score = sentence_bleu(translated.output, str(segment.reference), self.language)
                 yield Measurement("bleu_sentence", score, "%", 1, setting, detail, part)
-                yield Measurement("nll", translated.nll, "nat", translated.tokens, setting, part=part)
+                if translated.nll is not None:
+                    yield Measurement("nll", translated.nll, "nat", translated.tokens, setting, part=part)
             if self.comet_model is not None:
                 sources, targets = [s.source for s in segments], [str(s.reference) for s in segments]
                 marks = comet(sources, [t.output for t in done], targets, self.comet_model)

@@ -9,7 +9,9 @@ import numpy
 
 RESAMPLES = 1000
 LOG_METRICS = {"nll": "perplexity", "nll_document": "perplexity of all tokens"}
+LOADING = ("dtype", "peft", "load_in_4bit")  # how a model was loaded
 VARIANCE = "nll_variance"
+MEAN_OF_DOCUMENTS = "nll_mean_over_documents"
 
 
 @dataclass(frozen=True)
@@ -42,32 +44,41 @@ def summarise(records: Iterable[dict[str, Any]], names: dict[int, str] | None = 
     `names` label the records of several files by id(record), where models and arms do not tell them apart.
     """
     records = list(records)
-    column_of = _columns(records, names or {})
-    several_documents = len({_identity(record) for record in records if record["metric"] == "nll_document"}) > 1
+    loading = [name for name in LOADING if len({json.dumps(r["settings"].get(name)) for r in records}) > 1]
+    column_of = _columns(records, names or {}, loading)
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record, column in zip(records, column_of, strict=True):
-        settings = {name: value for name, value in record["settings"].items() if name != "arm"}
+        settings = {name: value for name, value in record["settings"].items() if name not in ("arm", *loading)}
         key = json.dumps([record["command"], record["metric"], record["unit"], settings])
         groups.setdefault(key, {}).setdefault(column, []).append(record)
         if record["metric"] == "nll" and "variance" in record.get("detail", {}):
             key = json.dumps([record["command"], VARIANCE, "nat^2", settings])
             groups.setdefault(key, {}).setdefault(column, []).append(record)
-        if record["metric"] == "nll_document" and several_documents:
-            key = json.dumps([record["command"], "nll_mean_over_documents", record["unit"], settings])
+        if record["metric"] == "nll_document":
+            key = json.dumps([record["command"], MEAN_OF_DOCUMENTS, record["unit"], settings])
             groups.setdefault(key, {}).setdefault(column, []).append({**record, "n": 1})
     order = list(dict.fromkeys(column_of))
     rows = []
     for key, columns in groups.items():
         command, metric, unit, settings = json.loads(key)
+        if metric == MEAN_OF_DOCUMENTS and all(len(found) == 1 for found in columns.values()):
+            continue
         rows.append(_row(command, metric, unit, settings, {c: columns[c] for c in order if c in columns}))
     return rows
 
 
-def _columns(records: list[dict[str, Any]], names: dict[int, str]) -> list[str]:
-    """For each record the shortest label that tells its arm from others: arm, model and arm, or file and those."""
+def _columns(records: list[dict[str, Any]], names: dict[int, str], loading: list[str]) -> list[str]:
+    """For each record the shortest label that tells its arm from others: arm, model and arm, or file and those.
+
+    An arm has the settings of `loading` in its name: runs that differ in them are compared.
+    """
+
+    def arm_of(model: str, settings: dict[str, Any]) -> str:
+        loaded = [f"{name}={settings[name]}" for name in loading if settings.get(name)]
+        return " ".join([str(settings.get("arm", model)), *loaded])
+
     full = [
-        (names.get(id(record), ""), record["model"], str(record["settings"].get("arm", record["model"])))
-        for record in records
+        (names.get(id(record), ""), record["model"], arm_of(record["model"], record["settings"])) for record in records
     ]
     models = {model for _, model, _ in full}
     places: dict[tuple[str, str], set[str]] = {}
@@ -90,10 +101,12 @@ def _row(command: str, metric: str, unit: str, settings: dict[str, Any], columns
     for column, found in columns.items():
         cells[column] = _cell([r["value"] for r in found], [r["n"] for r in found], is_log, unit == "1" and not is_log)
     first, *others = columns
-    known = {_identity(record): record for record in columns[first]}
+    known = _by_sample(columns[first])
     against = {}
     for column in others:
-        pairs = [(record, known[_identity(record)]) for record in columns[column] if _identity(record) in known]
+        found = _by_sample(columns[column])
+        shared = [name for name in found if len(found[name]) == len(known.get(name, ()))]
+        pairs = [pair for name in shared for pair in zip(found[name], known[name], strict=True)]
         if len(pairs) > 1:
             differences = [record["value"] - base["value"] for record, base in pairs]
             against[column] = _cell(differences, [record["n"] for record, _ in pairs], is_log, is_share=False)
@@ -107,8 +120,12 @@ def _variance(records: list[dict[str, Any]]) -> Cell:
     return Cell(float((n * (variance + (mean - whole) ** 2)).sum() / n.sum()), None, None, len(records), int(n.sum()))
 
 
-def _identity(record: dict[str, Any]) -> str:
-    return json.dumps(record.get("sample"), sort_keys=True)
+def _by_sample(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Records by what tells their samples apart; several of which it is the same are in order."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault(json.dumps(record.get("sample"), sort_keys=True), []).append(record)
+    return found
 
 
 def _wilson(share: float, count: int) -> tuple[float, float]:

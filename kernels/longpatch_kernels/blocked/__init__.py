@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import autograd
 from ..inputs import Gradients, LambdaInputs
 from . import banded, decode, general
 
@@ -19,14 +20,18 @@ def run(inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
 
 def differentiable(inputs: LambdaInputs, forward: Callable) -> tuple[Tensor, Tensor]:
     """`forward(inputs) -> (out, lse)` with the gradients below."""
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs.tensors)):
-        return forward(inputs)  # without autograd's bookkeeping, which a decode step would notice
-    x = inputs
-    if x.query.dtype in (torch.float16, torch.bfloat16):
-        # backward takes dO·O from the output: rounded to bfloat16 it would cost the gradients 2^-9 of that sum
-        x = x.with_tensors(*(None if t is None else t.float() for t in x.tensors))
-    out, lse = _BlockedAttention.apply(*x.tensors, x, forward)
+    out, lse = autograd.differentiable(widened(inputs), forward, gradients)
     return out.to(inputs.query.dtype), lse
+
+
+def widened(x: LambdaInputs) -> LambdaInputs:
+    """Half precision in float32 where gradients are wanted.
+
+    Backward takes dO·O from the output: rounded to bfloat16 it would cost the gradients 2^-9 of that sum.
+    """
+    if x.query.dtype not in (torch.float16, torch.bfloat16) or not autograd.wanted(x):
+        return x
+    return x.with_tensors(*(None if t is None else t.float() for t in x.tensors))
 
 
 def algorithm(x: LambdaInputs):
@@ -49,26 +54,11 @@ def explanation(x: LambdaInputs) -> str:
     return algorithm(x).__name__.rsplit(".", 1)[-1]
 
 
-class _BlockedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value, query_far, key_far, value_far, inputs: LambdaInputs, function: Callable):
-        out, lse = function(inputs)
-        ctx.save_for_backward(query, key, value, query_far, key_far, value_far, out, lse)
-        ctx.inputs = inputs.with_tensors(*[None] * 6)  # autograd keeps the tensors
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, grad_out, grad_lse):
-        *tensors, out, lse = ctx.saved_tensors
-        return *gradients(ctx.inputs.with_tensors(*tensors), out, lse, grad_out, grad_lse), None, None
-
-
 def gradients(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None) -> Gradients:
     """Gradients of the six tensors of `x`, from the forward's results and the gradients of these (None: not used)."""
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    # PyTorch's kernel takes no gradient of lse, which is often zeros that nobody asked for
-    if algorithm(x) is banded and (grad_lse is None or not grad_lse.any()):
+    # PyTorch's kernel has no second derivative and takes no gradient of lse, which is often zeros that nobody asked for
+    if algorithm(x) is banded and not torch.is_grad_enabled() and (grad_lse is None or not grad_lse.any()):
         computed = banded.backward(x, out, lse, grad_out)
     else:
         computed = general.backward(x, out, lse, grad_out, grad_lse)

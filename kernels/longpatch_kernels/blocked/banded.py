@@ -72,9 +72,12 @@ def _causal_backward(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor
 
 
 def _is_causal(x: LambdaInputs) -> bool:
-    """No query has lost a key out of its window, so the call is ordinary causal attention."""
+    """No query has lost a key out of its window, so the call is ordinary causal attention.
+
+    The kernel scales its causal mask as well: -inf times a scale that is not positive would show what it hides.
+    """
     n = x.query_count
-    return n == x.key_count <= x.window and not any(_padding(x)) and not _far_visible(x, n - 1)
+    return x.scale > 0 and n == x.key_count <= x.window and not any(_padding(x)) and not _far_visible(x, n - 1)
 
 
 def _padding(x: LambdaInputs) -> list[int]:
@@ -105,7 +108,7 @@ def _without_padding(x: LambdaInputs) -> Iterator[tuple[slice, int, LambdaInputs
 
 def _far_visible(x: LambdaInputs, position: int) -> bool:
     """Whether a query at `position` sees the oldest far key."""
-    return x.far is not None and x.far.key.shape[2] > 0 and position - x.far.oldest >= x.window
+    return x.far is not None and position - x.far.oldest >= x.window
 
 
 def _expanded(x: LambdaInputs) -> tuple[Tensor, Tensor, Tensor]:

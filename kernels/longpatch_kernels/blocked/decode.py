@@ -89,7 +89,7 @@ def _window_hidden(x: LambdaInputs) -> Tensor | None:
 
 def _far_hidden(x: LambdaInputs) -> Tensor | None:
     """The same for far keys, [1 or B, 1 or Hkv, 1 or g, n, f]."""
-    if x.far is None or x.far.key.shape[2] == 0:
+    if x.far is None:
         return None
     oldest, far = x.key_count - x.query_count, x.far
     if far.mask is None and oldest - int(far.positions.max()) >= x.window:

@@ -7,27 +7,22 @@ import torch
 from torch import Tensor
 
 from .. import blocked
-from ..blocked import decode, gradients
+from ..blocked import decode, gradients, widened
 from ..inputs import LambdaInputs
 from .build import library
 
-__all__ = ["gradients", "not_supported_reasons", "run", "worthwhile"]
+__all__ = ["gradients", "not_supported_reasons", "run", "widened", "worthwhile"]
 
 SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-LEAST_PAIRS = (
-    2**14
-)  # of query and key: a compilation of seconds, once a machine, for calls that take longer than its call
+LEAST_PAIRS = 2**14  # of query and key: compiling takes seconds, once a machine; smaller calls gain nothing by it
 
 
 def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
-    tensors = [tensor for tensor in inputs.tensors if tensor is not None]
     reasons = []
-    if any(tensor.device.type != "cpu" for tensor in tensors):
+    if inputs.query.device.type != "cpu":
         reasons.append(f"the tensors are on {inputs.query.device}")
     if inputs.query.dtype not in SUFFIX:
         reasons.append(f"dtype {inputs.query.dtype}; supported are float32 and bfloat16")
-    if len({tensor.dtype for tensor in tensors}) > 1:
-        reasons.append("query, key and value differ in dtype: " + ", ".join(str(tensor.dtype) for tensor in tensors))
     if inputs.query.shape[-1] % 16:
         reasons.append(f"head size {inputs.query.shape[-1]} is not a multiple of 16")
     for name in ("alibi_slopes", "softcap"):
@@ -98,7 +93,7 @@ def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
         window=x.window, ring_start=int(x.ring_start) % max(1, x.key_count), threads=torch.get_num_threads(),
         scale=x.scale * math.log2(math.e),
     )  # fmt: skip
-    if x.far is not None and x.far.key.shape[2]:
+    if x.far is not None:
         call.far_query, call.far_key, call.far_value = rows(x.far.query), rows(x.far.key), rows(x.far.value)
         call.far_count, call.far_positions = x.far.key.shape[2], integers(x.far.positions)
         call.far_positions_batch = call.far_count if len(x.far.positions) > 1 else 0

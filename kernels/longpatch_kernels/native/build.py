@@ -21,25 +21,19 @@ def folder() -> Path:
 
 
 @functools.cache
-def compiler() -> str | None:
-    """The C++ compiler that would be used."""
-    return next(filter(None, map(shutil.which, COMPILERS)), None)
-
-
-@functools.cache
 def library() -> ctypes.CDLL | str:
-    """The compiled functions, or why there are none."""
-    found = compiler()
+    """The compiled functions, or why there are none: what each compiler said that was tried."""
     if sys.platform != "linux":
         return f"it is compiled on Linux only, this is {sys.platform}"
-    if found is None:
-        return "no C++ compiler found; looked for " + ", ".join(COMPILERS)
-    try:
-        return ctypes.CDLL(str(_built(found)))
-    except subprocess.CalledProcessError as error:
-        return f"{found} failed: " + error.stderr.strip().splitlines()[-1]
-    except OSError as error:
-        return f"the compiled kernel cannot be kept or loaded: {error}"
+    problems = []
+    for found in filter(None, map(shutil.which, COMPILERS)):
+        try:
+            return ctypes.CDLL(str(_built(found)))
+        except subprocess.CalledProcessError as error:  # a compiler that was killed says nothing
+            problems.append(f"{found} failed: " + (error.stderr.strip().splitlines() or [str(error)])[-1])
+        except OSError as error:
+            problems.append(f"what {found} made cannot be kept or loaded: {error}")
+    return "; ".join(problems) or "no C++ compiler found; looked for " + ", ".join(COMPILERS)
 
 
 def _built(compiler: str) -> Path:

@@ -21,7 +21,8 @@ struct BFloat16 { uint16_t bits; };
 
 constexpr Index LANES = 8, PANEL = 2 * LANES, TILE_ROWS = 6, BLOCK_ROWS = 48, BLOCK_KEYS = 128;
 constexpr Index STEP_KEYS = 32, STAGE_KEYS = 2048, STAGE_ROW = STAGE_KEYS + 16;  // of decode: converted and multiplied at once; softmax at once
-constexpr Index LEAST_CHUNK = 1024;  // queries that share one packing of their keys, at least
+constexpr Index LEAST_CHUNK = 1024;  // queries that share one packing of their keys, at least,
+constexpr Index SMALLEST_CHUNK = 5 * BLOCK_ROWS;  // unless many threads share few heads
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 // [B, H, n, d]: strides in numbers, the last axis dense
@@ -58,16 +59,16 @@ static inline WordVec rounded(Vec x) {  // to the nearest bfloat16, ties to even
     return bits + 0x7fff + ((bits >> 16) & 1);
 }
 static inline void put(BFloat16* p, Vec a, Vec b) { *(WordVec*)p = (rounded(a) >> 16) | (rounded(b) & 0xffff0000u); }
-static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }  // `b` where either is NaN
 
 template <class T> static inline T* row_of(const Rows& x, Index b, Index head, Index row) {
     return (T*)x.data + b * x.batch + head * x.head + row * x.row;
 }
 
-// 2^x for x <= 0, 0 from 2^-126 down; relative error 2e-7
+// 2^x for x <= 0, 0 from 2^-126 down, NaN for NaN; relative error 2e-7
 static inline Vec exp2(Vec x) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    Vec limited = larger(x, Vec{} - 126.0f);
+    Vec limited = larger(Vec{} - 126.0f, x);
     Vec shifted = limited + magic, rest = limited - (shifted - magic);
     Vec y = rest * 1.5403530e-4f + 1.3333558e-3f;
     y = y * rest + 9.6181291e-3f;
@@ -162,7 +163,9 @@ struct Softmax {
         for (Index j = down + LANES; j < up; j += LANES) most = larger(most, load(scores + j));
         float now = largest[row];
         for (Index lane = 0; lane < LANES; lane++) now = std::max(now, most[lane]);
-        if (now == NONE) {
+        if (now == NONE) {  // nothing is seen, or nothing but NaN, which a maximum leaves out
+            if (std::any_of(scores + begin, scores + end, [](float score) { return std::isnan(score); }))
+                total[row] = std::numeric_limits<float>::quiet_NaN();
             std::fill(scores + first, scores + last, 0.0f);
             return;
         }
@@ -184,10 +187,10 @@ struct Softmax {
     }
 
     template <class T> void finish(Index row, T* to, float* lse) const {
-        float weight = total[row] > 0 ? 1 / total[row] : 0.0f;
+        float weight = total[row] == 0 ? 0.0f : 1 / total[row];
         const float* from = out + row * dim;
         for (Index d = 0; d < dim; d += PANEL) put(to + d, load(from + d) * weight, load(from + d + LANES) * weight);
-        *lse = total[row] > 0 ? (largest[row] + std::log2(total[row])) * float(M_LN2) : NONE;
+        *lse = total[row] == 0 ? NONE : (largest[row] + std::log2(total[row])) * float(M_LN2);
     }
 };
 
@@ -457,8 +460,13 @@ template <class T> struct Decode {
 };
 
 template <class T> static void prefill(const Call& c) {
-    Index size = std::max(LEAST_CHUNK, c.window) / BLOCK_ROWS * BLOCK_ROWS;
-    Index chunks = (c.queries + size - 1) / size, heads = c.batch * c.key_heads;
+    Index size = std::max(LEAST_CHUNK, c.window), heads = c.batch * c.key_heads;
+    if (c.threads > 1) {  // four pieces of work a thread, at the price of packing some keys more often
+        Index wanted = (4 * c.threads + heads - 1) / heads;
+        size = std::min(size, std::max(SMALLEST_CHUNK, (c.queries + wanted - 1) / wanted));
+    }
+    size = size / BLOCK_ROWS * BLOCK_ROWS;
+    Index chunks = (c.queries + size - 1) / size;
 #pragma omp parallel num_threads(c.threads)
     {
         Prefill<T> worker(c);
@@ -496,7 +504,7 @@ template <class T> static void decode(const Call& c) {
             for (Index split = 1; split < splits; split++) {
                 Softmax part = state(head * splits + split);
                 float most = std::max(whole.largest[r], part.largest[r]);
-                if (part.largest[r] == NONE) continue;
+                if (part.total[r] == 0) continue;
                 float left = std::exp2(whole.largest[r] - most), right = std::exp2(part.largest[r] - most);
                 for (Index d = r * c.dim; d < (r + 1) * c.dim; d++) whole.out[d] = whole.out[d] * left + part.out[d] * right;
                 whole.total[r] = whole.total[r] * left + part.total[r] * right;

@@ -69,5 +69,5 @@ def far_grads(
         pack.rows(partials[1]), queries, x.key_count, x.window, x.group, key_heads, chunk,
         DIM=dim, **constants, **tuning.launch_options(x, config),
     )  # fmt: skip
-    grad_key, grad_value = partials.unflatten(1, (parts, batch)).sum(dim=1).to(segment.key.dtype)
-    return grad_key, grad_value
+    grad_key, grad_value = (part.unflatten(0, (parts, batch)).sum(dim=0) for part in partials)
+    return grad_key.to(segment.key.dtype), grad_value.to(segment.key.dtype)

@@ -7,6 +7,7 @@ them.
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from ...errors import LongpatchError
 from ...evaluation.attention import Attention
 from ...evaluation.documents import read_documents
 from ...evaluation.reading import document_samples, doubling_edges
@@ -39,8 +40,11 @@ def run(arguments: Namespace) -> None:
     documents = read_documents(arguments.texts, arguments.field, arguments.start, arguments.limit)
     model, tokenizer = open_model(arguments)
     arms = open_arms(arguments, model, ("original", "lambda"), "eval attention")
+    layers = model.config.num_hidden_layers
+    if not 0 <= arguments.pca_layer <= layers:
+        raise LongpatchError("eval attention", [f"--pca-layer {arguments.pca_layer}"], f"0 (embeddings) to {layers}")
     samples = document_samples(documents, tokenizer, arguments.length)
-    doubled = [edge - 1 for edge in doubling_edges(16, arguments.length + 1)[1:]]
+    doubled = [edge - 1 for edge in doubling_edges(16, arguments.length + 1)[1:-1]]
     positions = arguments.positions or [0, 1, 2, 4, *doubled]
     evaluation = Attention(model, positions, arguments.by_layer, arguments.pca_layer)
     run = open_run(arguments, "eval attention", tokens=arguments.length)

@@ -1,10 +1,12 @@
 """A sentence hidden in real text and asked for at the end: ROUGE-L, match, or a judge's mark by length and depth.
 
---rescore takes saved generations through other metrics, or another judge, without a model.
+--rescore takes saved generations through other metrics, or another judge, without a model; each by the question and the
+target that it was asked, unless others are given.
 """
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
 from ...endpoint import Endpoint
 from ...errors import LongpatchError
@@ -12,9 +14,10 @@ from ...evaluation import needle
 from ...evaluation.documents import read_texts
 from ...evaluation.judge import Judge
 from ...evaluation.metrics import need
-from ...evaluation.needle import Needle, needle_samples
-from ...evaluation.prompts import ARMS, Answerer, Template, chat_template
+from ...evaluation.needle import Needle, mark, needle_samples
+from ...evaluation.prompts import ARMS, Answerer, chat_template
 from ...evaluation.rescore import rescore
+from ...evaluation.run import Measurement
 from ...families import trained_length
 from ...results import read_records
 from ..flags import (
@@ -48,8 +51,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--trials", type=positive, default=1, metavar="N", help="for each cell (default: 1)")
     parser.add_argument("--needle", default=needle.NEEDLE, metavar="TEXT", help="what is hidden")
-    parser.add_argument("--question", default=needle.QUESTION, metavar="TEXT", help="what is asked")
-    parser.add_argument("--target", default=needle.ANSWER, metavar="TEXT", help="the right answer")
+    parser.add_argument("--question", metavar="TEXT", help="what is asked")
+    parser.add_argument("--target", metavar="TEXT", help="the right answer")
     parser.add_argument("--new-tokens", type=positive, default=50, metavar="N", help="of an answer (default: 50)")
     parser.add_argument("--metrics", nargs="+", choices=needle.METRICS, default=list(needle.METRICS))
     parser.add_argument("--judge", metavar="URL", help="OpenAI-compatible endpoint that marks answers")
@@ -67,12 +70,17 @@ def run(arguments: Namespace) -> None:
     judge = None
     if arguments.judge:
         judge = Judge(Endpoint(arguments.judge, arguments.judge_model, arguments.judge_key))
-    said = {"question": arguments.question, "target": arguments.target, "metrics": arguments.metrics, "judge": judge}
+    usual = {"question": needle.QUESTION, "target": needle.ANSWER}
+    given = {name: getattr(arguments, name) for name in usual if getattr(arguments, name) is not None}
     if arguments.rescore:
-        evaluation = Needle(Answerer(None, None, Template(), 0), [], **said)
-        run = open_run(arguments, "eval needle")
-        show(run, rescore(read_records(arguments.rescore), evaluation.score), arguments)
+        run, saved = open_run(arguments, "eval needle"), read_records(arguments.rescore)
+
+        def score(said: dict[str, Any]) -> list[Measurement]:
+            return mark(usual | said | given, arguments.metrics, judge)
+
+        show(run, rescore(run, saved, score, arguments.limit), arguments)
         return
+    asked = usual | given
     if not arguments.haystack:
         raise LongpatchError("eval needle", ["no text to hide the needle in"], "files or folders after MODEL")
     text = "\n\n".join(read_texts(arguments.haystack))
@@ -80,8 +88,10 @@ def run(arguments: Namespace) -> None:
     arms = open_arms(arguments, model, ARMS, "eval needle")
     template = chat_template(tokenizer, arguments.chat_template)
     answerer = Answerer(model, tokenizer, template, arguments.new_tokens)
-    evaluation = Needle.create(answerer, text, needle=arguments.needle, **said)
+    options = {"metrics": arguments.metrics, "judge": judge, "needle": arguments.needle, **asked}
+    evaluation = Needle.create(answerer, text, **options)
     lengths = arguments.lengths or [trained_length(model.config)]
-    samples = needle_samples(lengths, arguments.depths, arguments.trials, arguments.seed)[: arguments.limit]
+    texts = (text, arguments.needle, asked["question"])
+    samples = needle_samples(lengths, arguments.depths, arguments.trials, arguments.seed, texts)[: arguments.limit]
     run = open_run(arguments, "eval needle", chat_template=arguments.chat_template)
     show(run, run.records(model, arms, samples, evaluation.measure), arguments)

@@ -43,6 +43,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--trials", type=positive, default=4, metavar="N", help="keys for each cell (default: 4)")
     parser.add_argument("--placement", choices=("grid", "random", "first-half"), default="grid")
     parser.add_argument("--digits", type=positive, default=5, metavar="N", help="of the key (default: 5)")
+    parser.add_argument(
+        "--new-tokens", type=positive, metavar="N", help="of an answer (default: enough for the key; 50 in wording 80k)"
+    )
     parser.add_argument("--wording", choices=tuple(WORDINGS), default="plain")
     parser.add_argument("--text", type=Path, metavar="TEXT", help="hide it in this text")
     parser.add_argument("--rows", type=Path, metavar="JSONL", help="ask these prompts")
@@ -64,11 +67,13 @@ def run(arguments: Namespace) -> None:
     else:
         lengths = arguments.lengths or [trained_length(model.config)]
         placed = (arguments.depths, arguments.trials, arguments.digits, arguments.placement, arguments.seed)
-        samples = passkey_samples(lengths, *placed)
+        samples = passkey_samples(lengths, *placed, text)
     samples = samples[: arguments.limit]
     digits = max(len(sample.content["key"]) for sample in samples)
-    answerer = Answerer(model, tokenizer, template, 3 * digits + 8)
-    evaluation = PassKey.create(answerer, WORDINGS[arguments.wording], text)
+    wording = WORDINGS[arguments.wording]
+    room = 3 * digits + 8 if wording.answer_start else max(50, 3 * digits + 8)
+    answerer = Answerer(model, tokenizer, template, arguments.new_tokens or room)
+    evaluation = PassKey.create(answerer, wording, text)
     if arguments.write_rows:
         rows = [json.dumps(evaluation.row(sample)) for sample in samples]
         arguments.write_rows.write_text("\n".join(rows) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from argparse import ArgumentParser, Namespace
 from functools import partial
 from pathlib import Path
 
+from ...errors import LongpatchError
 from ...evaluation.documents import read_documents
 from ...evaluation.reading import (
     ARMS,
@@ -44,7 +45,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--length", type=positive, metavar="N", help="read the first N tokens of each (default: all)")
     parser.add_argument("--repeat", type=positive, default=1, metavar="N", help="read each text N times over as one")
     parser.add_argument("--join", action="store_true", help="read all documents as one text")
-    parser.add_argument("--chunk", type=positive, default=512, metavar="N", help="tokens per forward (default: 512)")
+    parser.add_argument("--chunk", type=positive, metavar="N", help="tokens per forward (default: 512)")
     parser.add_argument(
         "--bucket",
         type=positive,
@@ -59,7 +60,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     sliding.add_argument("--seq-len", type=positive, metavar="N", help="tokens of a window (default: training length)")
     sliding.add_argument("--context-size", type=positive, metavar="N", help="cut windows into parts of N tokens")
     sliding.add_argument(
-        "--score", choices=("new", "all"), default="new", help="tokens no earlier window scored, or all of each window"
+        "--score", choices=("new", "all"), help="tokens no earlier window scored (default), or all of each window"
     )
     add_model_flags(parser)
     add_run_flags(parser, "original, L/G, fresh:W, truncate:N")
@@ -67,19 +68,25 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
+    sliding = arguments.sliding_window is not None
+    ignored = ("chunk", "bucket") if sliding else ("seq_len", "context_size", "score")
+    given = [f"--{name.replace('_', '-')}" for name in ignored if getattr(arguments, name) is not None]
+    if given:
+        reason = f"{', '.join(given)} {'with' if sliding else 'without'} --sliding-window"
+        raise LongpatchError("eval perplexity", [reason], "--seq-len, --context-size and --score belong to it")
     documents = read_documents(arguments.texts, arguments.field, arguments.start, arguments.limit)
     model, tokenizer = open_model(arguments)
     samples = document_samples(documents, tokenizer, arguments.length, arguments.repeat, arguments.join)
-    if arguments.sliding_window:
+    if sliding:
         _run_sliding(arguments, model, samples)
         return
     arms = open_arms(arguments, model, ARMS, "eval perplexity")
     longest = max(sample.size for sample in samples)
     if arguments.bucket:
-        edges = tuple(range(0, longest, arguments.bucket))
+        edges = tuple(range(0, longest + arguments.bucket, arguments.bucket))
     else:
         edges = doubling_edges(trained_length(model.config), longest)
-    reading = Reading(edges, arguments.chunk, arguments.save_every)
+    reading = Reading(edges, arguments.chunk or 512, arguments.save_every)
     settings = {"tokens": arguments.length} if arguments.length else {}
     if arguments.repeat > 1:
         settings["repeat"] = arguments.repeat
@@ -89,13 +96,15 @@ def run(arguments: Namespace) -> None:
 
 def _run_sliding(arguments: Namespace, model, samples: list[Sample]) -> None:
     arms = open_arms(arguments, model, ("original", "lambda"), "eval perplexity --sliding-window")
-    length = arguments.seq_len or trained_length(model.config)
-    context = arguments.context_size or length
-    settings = {"seq_len": length, "sliding_window": arguments.sliding_window, "score": arguments.score}
+    length, stride = arguments.seq_len or trained_length(model.config), arguments.sliding_window
+    context, score = arguments.context_size or length, arguments.score or "new"
+    if stride > length:
+        reason = f"--sliding-window {stride} leaves tokens out between windows of {length}"
+        raise LongpatchError("eval perplexity", [reason], f"at most --seq-len, {length}")
+    settings = {"seq_len": length, "sliding_window": stride, "score": score}
     run = open_run(arguments, "eval perplexity", **settings, context_size=context)
 
     def measure(arm, sample: Sample, work: Work):
-        new_only = arguments.score == "new"
-        return measure_sliding(model, length, arguments.sliding_window, context, new_only, sample, work)
+        return measure_sliding(model, length, stride, context, score == "new", sample, work)
 
     show(run, run.records(model, arms, samples, measure), arguments)

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ...errors import LongpatchError
 from ...evaluation.buckets import Bucket, by_length, by_position
 from ...evaluation.documents import read_documents
+from ...evaluation.run import process_state
 from ...evaluation.temp_lora import BASE, Walk, walk_document
 from ...results import record, write_records
 from ...temp_lora.options import LearnOptions
@@ -103,6 +105,8 @@ def learn_options(arguments: Namespace) -> LearnOptions:
 
 
 def run(arguments: Namespace) -> None:
+    if not arguments.tp and process_state().num_processes > 1:
+        raise LongpatchError("eval temp-lora", ["several processes, of which each would do all of it"], "one process")
     texts = read_documents(arguments.texts, limit=arguments.limit)
     model, tokenizer = open_converted(arguments)
     walk = Walk(
@@ -116,6 +120,8 @@ def run(arguments: Namespace) -> None:
     scores, lines = [], []
     for text in texts:
         ids, name = text.ids(tokenizer)[: arguments.tokens], text.name.removesuffix(".txt")
+        if len(ids) < 2:
+            raise LongpatchError("eval temp-lora", [f"{text.name} has no token to predict"], "two tokens, BOS included")
         checkpoint = None if arguments.resume is None else arguments.resume / name.replace("/", "_")
         with tqdm(total=len(ids), desc=name, unit="tok", unit_scale=True, mininterval=2) as progress:
             document = None
