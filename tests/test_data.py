@@ -395,7 +395,7 @@ def test_inspect_data_reads_of_a_stream_what_it_shows(tmp_path, capsys, monkeypa
         yield from ({"text": f"h {number}."} for number in range(10))
         raise AssertionError("read too far")
 
-    stream = SimpleNamespace(load_dataset=lambda name, split, streaming: endless())
+    stream = SimpleNamespace(load_dataset=lambda *names, **options: endless())
     monkeypatch.setitem(sys.modules, "datasets", stream)
     config, plot = tmp_path / "c.yaml", tmp_path / "lengths.png"
     config.write_text(

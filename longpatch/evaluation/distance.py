@@ -64,7 +64,7 @@ class Distance:
 
     def measure(self, arm: Arm, sample: Sample, work: Work) -> Iterator[Measurement]:
         window, scored = sample.content
-        number = sample.identity.get("window", sample.identity.get("row"))
+        number = sample.identity["window" if "window" in sample.identity else "row"]
         read = distance_losses(self.model, window, self.distances, scored, self.bos, self.seed + number)
         _, _, full = next(read)
         for way, distance, loss in read:

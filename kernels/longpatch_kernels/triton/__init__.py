@@ -64,7 +64,7 @@ def _attend(x: LambdaInputs) -> tuple[Tensor, Tensor]:
 
     if x.query.numel() == 0:
         return torch.empty_like(x.query), torch.empty(x.query.shape[:3], dtype=torch.float32, device=x.query.device)
-    wide = x.with_tensors(*map(_padded, x.tensors))
+    wide = _wide(x)
     out, lse = decode.decode(wide) if decode.packs(x) else forward.forward(wide.in_time_order())
     return out[..., : x.query.shape[-1]], lse
 
@@ -78,12 +78,16 @@ def gradients(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None
         return general.backward(x, out, lse, grad_out, grad_lse)
     if out.numel() == 0:
         return tuple(t if t is None else torch.zeros_like(t) for t in x.tensors)
-    wide = x.with_tensors(*map(_padded, x.tensors)).in_time_order()
+    wide = _wide(x).in_time_order()
     found = backward.backward(wide, _padded(out), lse, _padded(grad_out), grad_lse)
     return x.as_stored(tuple(g if g is None else g[..., : out.shape[-1]] for g in found))
 
 
-def _padded(tensor: Tensor | None) -> Tensor | None:
+def _wide(x: LambdaInputs) -> LambdaInputs:
+    return x.with_tensors(*(t if t is None else _padded(t) for t in x.tensors))
+
+
+def _padded(tensor: Tensor) -> Tensor:
     """Head sizes that 16 does not divide cost a copy: their rows cannot be read in whole vectors."""
-    missing = 0 if tensor is None else -tensor.shape[-1] % 16
+    missing = -tensor.shape[-1] % 16
     return pad(tensor, (0, missing)) if missing else tensor
