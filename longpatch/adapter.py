@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import safe_open
 from torch import nn
-from transformers.utils import find_adapter_config_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .convert import unwrap
 from .errors import LongpatchError
