@@ -187,9 +187,10 @@ MEASUREMENTS = [
     Measurement(
         "temp-lora-smollm2",
         "Temp-LoRA, SmolLM2-135M",
-        "longpatch eval temp-lora smollm2 BOOKS/5274.txt BOOKS/51355.txt --tokens 50000 --local-branch 2048 --global-branch 10"
-        " --chunk-tokens 1024 --context-tokens 1024 --rank 32 --dropout 0 --learning-rate 2e-3 --epochs 1"
-        " --no-context-grad --out benchmarks/results/temp_lora_smollm2.jsonl",
+        "longpatch eval temp-lora smollm2 BOOKS/5274.txt BOOKS/51355.txt --tokens 50000"
+        " --local-branch 2048 --global-branch 10 --chunk-tokens 1024 --context-tokens 1024"
+        " --rank 32 --dropout 0 --learning-rate 2e-3 --epochs 1 --no-context-grad"
+        " --out benchmarks/results/temp_lora_smollm2.jsonl",
         text="The first 50,000 tokens of two books. [More](temp-lora.md).",
         metrics=("perplexity",),
         hidden=("learn", "cache_reuse_chunks", "fresh_base"),
