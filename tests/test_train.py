@@ -101,14 +101,19 @@ def test_it_learns_and_the_adapter_says_what_it_needs(folder):
     assert len(norms) == 5
 
 
-def test_a_lost_norm_is_not_forgotten_silently(folder, tmp_path):
+def copy_without(run, copy, part):
+    """An adapter as `run` has it, but for the first weight with `part` in its name."""
     from safetensors.torch import load_file, save_file
 
     for name in ("adapter_config.json", "longpatch.json"):
-        (tmp_path / name).write_text((folder / "run" / name).read_text())
-    weights = load_file(folder / "run" / "adapter_model.safetensors")
-    weights.pop(next(name for name in weights if "layers.1.input_layernorm" in name))
-    save_file(weights, tmp_path / "adapter_model.safetensors")
+        (copy / name).write_text((run / name).read_text())
+    weights = load_file(run / "adapter_model.safetensors")
+    weights.pop(next(name for name in weights if part in name))
+    save_file(weights, copy / "adapter_model.safetensors")
+
+
+def test_a_lost_norm_is_not_forgotten_silently(folder, tmp_path):
+    copy_without(folder / "run", tmp_path, "layers.1.input_layernorm")
     base, _ = load_model(str(folder / "base"))
     with pytest.raises(LongpatchError, match=r"lacks the trained model.layers.1.input_layernorm"):
         load_adapter(base, tmp_path)
@@ -116,13 +121,7 @@ def test_a_lost_norm_is_not_forgotten_silently(folder, tmp_path):
 
 
 def test_a_lost_lora_weight_is_not_forgotten_silently(folder, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    for name in ("adapter_config.json", "longpatch.json"):
-        (tmp_path / name).write_text((folder / "run" / name).read_text())
-    weights = load_file(folder / "run" / "adapter_model.safetensors")
-    weights.pop(next(name for name in weights if "layers.1.mlp.up_proj.lora_B" in name))
-    save_file(weights, tmp_path / "adapter_model.safetensors")
+    copy_without(folder / "run", tmp_path, "layers.1.mlp.up_proj.lora_B")
     base, tokenizer = load_model(str(folder / "base"))
     ids = torch.tensor([tokenizer.encode(WORDS)])
     before = base(ids).logits
