@@ -81,7 +81,7 @@ class LongpatchLM(_Base):
             device_map=device_map,
             quantization="nf4" if load_in_4bit else "none",
         )
-        rope = {"method": rope_method, "factor": rope_factor, "theta": rope_theta}
+        rope: dict[str, Any] = {"method": rope_method, "factor": rope_factor, "theta": rope_theta}
         if any(value is not None for value in rope.values()):
             interpolate_rope(model, **rope)
         if convert:
