@@ -147,7 +147,7 @@ def backward(
     ordered = _ordered(x)
     dtype = lse.dtype
     tensors = {"window": x.tensors[:3], "far": x.tensors[3:]}
-    grads = {name: [t if t is None else torch.zeros_like(t, dtype=dtype) for t in tensors[name]] for name in names}
+    grads = {name: [torch.zeros_like(t, dtype=dtype) for t in tensors[name] if t is not None] for name in names}
     correction = (grad_out.to(dtype) * out.to(dtype)).sum(dim=-1)
     if grad_lse is not None:
         correction = correction - grad_lse
@@ -161,7 +161,7 @@ def backward(
             grad_scores = part.backward_scores(weights, block_grad, block_correction)
             grad_key[:, :, part.columns] += grad_scores.mT @ part.query
             grad_query[:, :, block.rows] += block.ungrouped(grad_scores @ part.key)
-    found = tuple(grad for name in PARTS for grad in grads.get(name, [None] * 3))
+    found = tuple(grad for name in PARTS for grad in grads.get(name) or [None] * 3)
     return found if ordered is x else x.as_stored(found)
 
 

@@ -103,6 +103,10 @@ class _Kept(list):
         return call
 
 
+def _run(name: str, dtype: torch.dtype, *arguments: ctypes.Structure) -> None:
+    getattr(library(), f"{name}_{SUFFIX[dtype]}")(*map(ctypes.byref, arguments))
+
+
 def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, n, d], in memory [B, n, Hq, d], and log-sum-exp [B, Hq, n] in float32."""
     few = decode.suits(x)
@@ -114,11 +118,11 @@ def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     call = kept.call(x)
     call.out, call.lse = kept.rows(out), lse.data_ptr()
     if x.far is not None:
-        call.far_query, call.far_key, call.far_value = (kept.rows(t) for t in x.tensors[3:])
+        call.far_query, call.far_key, call.far_value = map(kept.rows, (x.far.query, x.far.key, x.far.value))
         call.far_count, call.far_positions = x.far.key.shape[2], kept.numbers(x.far.positions, torch.int64)
         call.far_positions_batch = call.far_count if len(x.far.positions) > 1 else 0
     if out.numel():
-        getattr(library(), f"{'decode' if few else 'prefill'}_{SUFFIX[x.query.dtype]}")(ctypes.byref(call))
+        _run("decode" if few else "prefill", x.query.dtype, call)
     return out, lse
 
 
@@ -127,7 +131,7 @@ def gradients(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None
     if torch.is_grad_enabled() or grad_out is None or x.query.dtype != torch.float32:
         return blocked.gradients(x, out, lse, grad_out, grad_lse)  # whose own gradients are known
     ordered = x.in_time_order()
-    grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in x.tensors[:3]]
+    grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x.query, x.key, x.value)]
     correction = (grad_out * out).sum(dim=-1)
     kept = _Kept()
     found = _Gradients(
@@ -137,6 +141,6 @@ def gradients(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None
         correction=kept.numbers(correction if grad_lse is None else correction - grad_lse, torch.float32),
     )
     if out.numel():
-        library().backward_float32(ctypes.byref(kept.call(ordered)), ctypes.byref(found))
+        _run("backward", torch.float32, kept.call(ordered), found)
     far = (None,) * 3 if x.far is None else general.backward(ordered, out, lse, grad_out, grad_lse, ("far",))[3:]
     return x.as_stored((*grads, *far))
