@@ -82,6 +82,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "prediction_loss_only": True,
         "label_names": ["labels"],
         "dataloader_pin_memory": False,
+        "per_device_eval_batch_size": config.training.get("per_device_train_batch_size", 8),
     }
     if config.training.get("gradient_checkpointing"):
         defaults["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
