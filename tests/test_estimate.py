@@ -37,21 +37,20 @@ def test_the_command_prints_a_line_for_each_length(capsys):
     assert [line.split()[0] for line in lines] == ["length", "1,024", "2,048", "4,096", "5,000"]
 
 
-CASES = {
-    "shifted": (2048, []),
-    "full": (2048, ["model.attention=full"]),
-    "checkpointed": (2048, ["training.gradient_checkpointing=true"]),
-    "mixed": (256, ["training.bf16=true", "model.dtype=bfloat16", "model.loss_chunk=64"]),
-    "mixed, checkpointed": (
-        256,
-        ["training.bf16=true", "model.dtype=bfloat16", "model.loss_chunk=64", "training.gradient_checkpointing=true"],
-    ),
-}
+MIXED = ["training.bf16=true", "model.dtype=bfloat16", "model.loss_chunk=64"]
+CHECKPOINTS = "training.gradient_checkpointing=true"
+CHECKPOINTS = "training.gradient_checkpointing=true"
+CASES = [
+    pytest.param(2048, [], id="shifted"),
+    pytest.param(2048, ["model.attention=full"], id="full"),
+    pytest.param(2048, [CHECKPOINTS], id="checkpoints"),
+    pytest.param(256, MIXED, id="mixed"),
+    pytest.param(1024, [*MIXED, CHECKPOINTS], id="mixed, checkpoints", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_estimate_is_near_the_measured_peak(case):
-    length, changes = CASES[case]
+@pytest.mark.parametrize(("length", "changes"), CASES)
+def test_the_estimate_is_near_the_measured_peak(length, changes):
     config = read_config(DEMO, [*changes, "training.per_device_train_batch_size=1"])
     (row,) = estimate(config, [length])
     measured = measure(*learner(config), 1, length, mixed_dtype(config))

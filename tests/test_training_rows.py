@@ -10,7 +10,8 @@ from longpatch import LongpatchError
 from longpatch.data import load_rows, pad_right
 from longpatch.finetune import read_config, train
 from longpatch.models import load_model
-from tests.test_train import losses, write_base, write_config
+from tests.processes import ACCELERATE
+from tests.test_train import finished, longpatch_train, losses, write_base, write_config
 
 PLAIN = {"lora": {"dropout": 0.0}, "model": {"attention": "full"}}
 RAPID = {"save_strategy": "no"}
@@ -95,3 +96,13 @@ def test_a_stream_is_the_rows_in_order_and_goes_on_where_it_stopped(folder, pack
     shutil.rmtree(output / "checkpoint-4")
     train(config, resume=True)
     assert losses(output) == curves[1]
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_stream_of_rows_of_all_lengths(folder):
+    data = {"train": str(folder / "texts.jsonl"), "length": 48, "pack": False, "streaming": True}
+    one, two = (write_config(folder, f"stream-{batch}", 4, batch=batch, data=data, **PLAIN) for batch in (2, 1))
+    process = longpatch_train(two, launcher=[*ACCELERATE, "-m", "longpatch.cli"])
+    train(read_config(one))
+    finished(process)
+    torch.testing.assert_close(losses(folder / "stream-1"), losses(folder / "stream-2"), atol=1e-5, rtol=0)

@@ -86,6 +86,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     }
     if config.training.get("gradient_checkpointing"):
         defaults["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    if config.data.streaming:  # each process reads all and takes its own: one that hands out needs rows of one length
+        defaults["accelerator_config"] = {"dispatch_batches": False}
     try:
         return TrainingArguments(output_dir=config.output, remove_unused_columns=False, **(defaults | config.training))
     except (TypeError, ValueError, ImportError) as error:
