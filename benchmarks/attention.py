@@ -131,11 +131,11 @@ def training(queries: int, window: int) -> list[Peer]:
                 if tensor.grad is not None:
                     close(mine, tensor.grad.double())
 
-    ours = partial(lambda_of, call, window, "blocked")
-    return [
-        Peer("sdpa causal", partial(timed, full), partial(verify, full, queries, False)),
-        Peer("blocked", partial(timed, ours), partial(verify, ours, window, True)),
-    ]
+    peers = [Peer("sdpa causal", partial(timed, full), partial(verify, full, queries, False))]
+    for name in ("blocked", "auto"):
+        ours = partial(lambda_of, call, window, name)
+        peers.append(Peer(name, partial(timed, ours), partial(verify, ours, window, True)))
+    return peers
 
 
 def _clear(call: dict):

@@ -8,18 +8,21 @@ from longpatch_kernels import lambda_attention
 ALL = {
     "batch": st.integers(1, 3),
     "key_heads": st.sampled_from([1, 2]),
-    "group": st.sampled_from([1, 2, 8]),
-    "head_dim": st.sampled_from([64, 100, 128]),
+    "group": st.sampled_from([1, 2, 3, 8]),
+    "head_dim": st.sampled_from([8, 64, 100, 128]),
     "queries": st.integers(1, 5) | st.integers(1, 300),
     "cached": st.sampled_from([0, 0, 1, 7, 130]),
     "window": st.integers(1, 9) | st.integers(1, 400),
-    "sinks": st.sampled_from([0, 1, 10]),
+    "sinks": st.sampled_from([0, 1, 10, 70]),
+    "recalled": st.booleans(),
     "extra_distance": st.sampled_from([0, 50]),
     "ring": st.sampled_from([None, None, int, torch.tensor]),
     "padding": st.booleans(),
     "far_mask": st.booleans(),
     "softcap": st.sampled_from([None, 5.0]),
     "alibi": st.booleans(),
+    "scale": st.sampled_from([None, None, 0.3]),
+    "token_first": st.booleans(),
     "through_lse": st.booleans(),
     "seed": st.integers(0, 2**31),
 }
@@ -32,10 +35,12 @@ def cases(**changed):
 
 def build(case, dtype):
     """Arguments of one call: standard-normal tensors with padding, far keys and a cache in front as the case says."""
+    case = {"recalled": False, "scale": None, "token_first": False} | case
     generator = torch.Generator().manual_seed(case["seed"])
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator).to(dtype)
+        made = torch.randn(*shape, generator=generator).to(dtype)
+        return made.transpose(1, 2).contiguous().transpose(1, 2) if case["token_first"] else made
 
     batch, key_heads, queries, sinks = case["batch"], case["key_heads"], case["queries"], case["sinks"]
     heads, keys = key_heads * case["group"], queries + case["cached"]
@@ -46,6 +51,7 @@ def build(case, dtype):
         "window": case["window"],
         "ring_start": case["ring"](keys // 2) if case["ring"] else 0,
         "softcap": case["softcap"],
+        "scale": case["scale"],
     }
     if case["padding"]:
         arguments["first_valid"] = torch.randint(-3, keys, (batch,), generator=generator)
@@ -58,7 +64,9 @@ def build(case, dtype):
             "value_far": normal(batch, key_heads, sinks, case["head_dim"]),
             "far_distance": case["window"] + case["extra_distance"],
         }
-        if case["padding"]:
+        if case["recalled"]:  # in any order, in front of the keys, behind some queries' windows and within others'
+            arguments["far_positions"] = torch.randint(-20, keys, (batch, sinks), generator=generator)
+        elif case["padding"]:
             arguments["far_positions"] = arguments["first_valid"][:, None] + torch.arange(sinks)
         if case["far_mask"]:
             arguments["far_mask"] = torch.rand(batch, heads, queries, sinks, generator=generator) < 0.7

@@ -1,10 +1,12 @@
 """`lambda_attention`: check the arguments, choose an implementation, run it."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
 from . import compiled
-from .autograd import autocast, without_autocast
+from .autograd import autocast, autocasts, without_autocast
 from .implementations import IMPLEMENTATIONS, choose, explanation, reasons_against
 from .inputs import checked_inputs
 
@@ -68,7 +70,9 @@ def lambda_attention(
     Raises:
         ValueError: listing everything that is wrong with the arguments, or why the implementation cannot run.
     """
-    query, key, value, query_far, key_far, value_far = autocast(query, key, value, query_far, key_far, value_far)
+    casts = autocasts(query.device)
+    if casts:
+        query, key, value, query_far, key_far, value_far = autocast(query, key, value, query_far, key_far, value_far)
     inputs = checked_inputs(
         query,
         key,
@@ -89,7 +93,7 @@ def lambda_attention(
     name = choose(implementation, inputs)
     if torch.compiler.is_compiling() and hasattr(IMPLEMENTATIONS[name], "gradients"):
         return compiled.run(inputs, name)
-    with without_autocast(inputs.query.device):
+    with without_autocast(query.device) if casts else nullcontext():
         return IMPLEMENTATIONS[name].run(inputs)
 
 

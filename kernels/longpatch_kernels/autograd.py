@@ -13,11 +13,12 @@ from .inputs import LambdaInputs
 
 def differentiable(inputs: LambdaInputs, forward: Callable, gradients: Callable) -> tuple[Tensor, Tensor]:
     """`forward(inputs) -> (out, lse)`, differentiable by `gradients(inputs, out, lse, grad_out, grad_lse)`."""
-    dual = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs.tensors)
+    tensors = inputs.tensors
+    dual = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
     if not dual and not wanted(inputs):
         return forward(inputs)  # without autograd's bookkeeping, which a decode step would notice
     # forward-mode derivatives are refused by name here instead of lost
-    return _Attention.apply(*inputs.tensors, inputs, forward, gradients)
+    return _Attention.apply(*tensors, inputs, forward, gradients)
 
 
 def wanted(x: LambdaInputs) -> bool:

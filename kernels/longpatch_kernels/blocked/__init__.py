@@ -21,7 +21,7 @@ def run(inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
 def differentiable(inputs: LambdaInputs, forward: Callable) -> tuple[Tensor, Tensor]:
     """`forward(inputs) -> (out, lse)` with the gradients below."""
     out, lse = autograd.differentiable(widened(inputs), forward, gradients)
-    return out.to(inputs.query.dtype), lse
+    return (out if out.dtype == inputs.query.dtype else out.to(inputs.query.dtype)), lse
 
 
 def widened(x: LambdaInputs) -> LambdaInputs:

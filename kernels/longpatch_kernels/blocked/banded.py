@@ -16,6 +16,7 @@ from ..inputs import FarSegment, Gradients, LambdaInputs
 from .bands import Band, bands
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW_KEYS = 24  # far keys for which products are faster than the kernel
 
 _kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -150,11 +151,28 @@ def _far(x: LambdaInputs, far: FarSegment, band: Band) -> tuple[Tensor, Tensor]:
     whole = band.as_one_block()
     hidden = _far_hidden(x, far, whole)
     query, key, value = whole.queries(far.query), whole.shared(far.key), whole.shared(far.value)
-    out, lse = _kernel(query, key, value, attn_mask=_float_mask(hidden), scale=x.scale)
-    if hidden is not None:  # the kernel says 0 where a row sees nothing
-        lse = lse.masked_fill(hidden.all(dim=-1), -torch.inf)
+    if key.shape[2] <= FEW_KEYS and key.dtype == torch.float32:
+        out, lse = _products(query, key, value, hidden, x.scale)
+    else:
+        out, lse = _kernel(query, key, value, attn_mask=_float_mask(hidden), scale=x.scale)
+        if hidden is not None:  # the kernel says 0 where a row sees nothing
+            lse = lse.masked_fill(hidden.all(dim=-1), -torch.inf)
     out, lse = (whole.split(part)[0].unflatten(3, (band.count, band.block)).movedim(3, 0) for part in (out, lse))
     return out, lse
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The kernel's result by plain products, scores [..., f, rows] transposed: ten keys in half the time."""
+    scores = (key * scale) @ query.mT
+    if hidden is not None:
+        scores.masked_fill_(hidden.mT, -torch.inf)
+    largest = scores.amax(dim=-2, keepdim=True)
+    if hidden is not None:
+        largest.masked_fill_(largest.isneginf(), 0.0)
+    weights = scores.sub_(largest).exp_()
+    total = weights.sum(dim=-2, keepdim=True)
+    out = weights.div_(total.clamp_min(torch.finfo(total.dtype).tiny)).mT @ value
+    return out, largest.add_(total.log_()).squeeze(-2)
 
 
 def _forward(x: LambdaInputs, band: Band, out: Tensor, lse: Tensor):

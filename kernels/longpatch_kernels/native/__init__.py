@@ -14,7 +14,7 @@ from .build import library
 __all__ = ["gradients", "not_supported_reasons", "run", "widened", "worthwhile"]
 
 SUFFIX = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-LEAST_PAIRS = 2**14  # of query and key: compiling takes seconds, once a machine; smaller calls gain nothing by it
+LEAST_PAIRS = 2**10  # of query and key: compiling takes seconds, once a machine; smaller calls are not worth it
 
 
 def not_supported_reasons(inputs: LambdaInputs) -> list[str]:

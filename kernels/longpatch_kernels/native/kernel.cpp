@@ -83,9 +83,10 @@ static inline Vec exp2(Vec x) {
 // Memory that is read next, from rows that mostly lie one behind the other: asked for a little at a time, in order, so
 // that it comes while this is being computed
 struct Ahead {
-    const char* data;
+    const char* data;  // null: the processor's own guess does as well
 
     void fetch(Index bytes) {
+        if (!data) return;
         for (Index at = 0; at < bytes; at += 64) __builtin_prefetch(data + at);
         data += bytes;
     }
@@ -382,15 +383,18 @@ template <class T> struct Decode {
 
     Index position(Index r) const { return c.offset() + r % c.queries; }
 
+    // One row of float32 computes too little to hide requests behind: they took 10 % longer than none
+    Ahead ahead(const T* next) const { return {rows == 1 && sizeof(T) == sizeof(float) ? nullptr : (const char*)next}; }
+
     void gather(const Rows& from, Index b, Index key_head, float* to) const {
         for (Index r = 0; r < rows; r++)
             scaled(row_of<T>(from, b, key_head * c.group() + r / c.queries, r % c.queries), c.dim, c.scale, to + r * c.dim);
     }
 
     // Scores of `count` keys, from score `first` on
-    void multiply(const float* from, const float* key, Index stride, Index count, Index first, Ahead ahead) {
+    void multiply(const float* from, const float* key, Index stride, Index count, Index first, Ahead next) {
         for (Index j = 0; j < count; j += 4) {
-            ahead.fetch(4 * c.dim * sizeof(T));
+            next.fetch(4 * c.dim * sizeof(T));
             const float* k[4];
             for (Index i = 0; i < 4; i++) k[i] = key + std::min(j + i, count - 1) * stride;
             for (Index r = 0; r < rows;) {
@@ -412,7 +416,7 @@ template <class T> struct Decode {
         auto slot_of = [&](Index at) { return at + c.ring_start < c.keys ? at + c.ring_start : at + c.ring_start - c.keys; };
         auto key_at = [&](Index slot) { return row_of<T>(c.key, b, key_head, slot); };
         auto value_at = [&](Index slot) { return row_of<T>(c.value, b, key_head, slot); };
-        Ahead first{(const char*)key_at(slot_of(std::max(begin, oldest)))};
+        Ahead first = ahead(key_at(slot_of(std::max(begin, oldest))));
         if (far && c.far_count) {
             gather(c.far_query, b, key_head, far_query.data());
             for (Index start = 0; start < c.far_count; start += STEP_KEYS) {
@@ -439,7 +443,7 @@ template <class T> struct Decode {
                 Index some = std::min(STEP_KEYS, count - j);
                 const float* key = floats(key_at(slot + j), some, c.dim, c.key.row, keys.data(), key_stride);
                 bool last = j + some == count;
-                Ahead next{(const char*)(last ? value_at(slot) : key_at(slot + j + some))};
+                Ahead next = ahead(last ? value_at(slot) : key_at(slot + j + some));
                 multiply(query.data(), key, key_stride, some, j, next);
             }
             for (Index r = 0; r < rows; r++) {
@@ -451,7 +455,7 @@ template <class T> struct Decode {
                 Index some = std::min(STEP_KEYS, count - j);
                 const float* value = floats(value_at(slot + j), some, c.dim, c.value.row, values.data(), value_stride);
                 bool last = j + some == count;
-                Ahead next{(const char*)(last ? key_at(slot_of(start + count)) : value_at(slot + j + some))};
+                Ahead next = ahead(last ? key_at(slot_of(start + count)) : value_at(slot + j + some));
                 multiply_rows(rows, scores.data() + j, STAGE_ROW, value, value_stride, some, state.out, c.dim, &next, sizeof(T));
             }
             start += count;
