@@ -44,7 +44,16 @@ def flags_of(name, capsys):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_evaluation_has_the_shared_flags_and_an_example(name, capsys):
     shown = flags_of(name, capsys)
-    expected = ["--local-branch", "--dtype", "--seed", "--out", "--plot", "--limit", f"longpatch eval {name}"]
+    expected = [
+        "--local-branch",
+        "--rope-theta",
+        "--dtype",
+        "--seed",
+        "--out",
+        "--plot",
+        "--limit",
+        f"longpatch eval {name}",
+    ]
     if name not in OWN_FLAGS:
         expected += ["--baseline", "--resume", "--smoothing"]
     expected += ["--chat-template"] if name in ANSWERING else []

@@ -13,14 +13,15 @@ from lm_eval.api.registry import model_registry  # noqa: E402
 from lm_eval.evaluator import simple_evaluate  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
-from longpatch import LongpatchError, convert_model  # noqa: E402
+from longpatch import LongpatchError, convert_model, interpolate_rope  # noqa: E402
+from longpatch.adapter import write_record  # noqa: E402
 from longpatch.cli import main  # noqa: E402
-from longpatch.evaluation.lm_eval import NAME, LongpatchLM, register, set_rope_theta  # noqa: E402
+from longpatch.evaluation.lm_eval import NAME, LongpatchLM, register  # noqa: E402
 from longpatch.evaluation.perplexity import stream_nll  # noqa: E402
 from longpatch.models import load_model  # noqa: E402
 from tests.evaluating import write_rows  # noqa: E402
-from tests.families import tiny_model  # noqa: E402
 from tests.processes import run_processes, run_python  # noqa: E402
 
 LONG = "The ship went on through the night and the men were silent. " * 8
@@ -71,6 +72,66 @@ def test_equal_to_lm_evals_own_model_on_a_converted_one(tasks, name, window):
         assert str(mine) == str(theirs)
     unconverted = answers("longpatch", tasks, model_args=f"pretrained={name},convert=False", device="cpu")
     assert str(unconverted["local_choice"]) != str(found["local_choice"])
+
+
+def write_adapter(folder):
+    """A LoRA whose every weight is drawn, trained on positions that were stretched, it says."""
+    model, _ = load_model("demo")
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(folder)
+    write_record(folder, {"base": "demo", "rope": {"theta": 80_000.0}})
+    return str(folder)
+
+
+def test_an_adapter_on_a_converted_model(tasks, tmp_path):
+    register()
+    adapter = write_adapter(tmp_path / "adapter")
+    arguments = "pretrained=demo,local_branch=64,global_branch=4"
+    found = answers("longpatch", tasks, model_args=f"{arguments},peft={adapter}", batch_size=3, device="cpu")
+    model, tokenizer = load_model("demo")
+    convert_model(interpolate_rope(model, theta=80_000.0), 64, 4)
+    adapted = PeftModel.from_pretrained(model, adapter)
+    expected = answers(HFLM(adapted, tokenizer=tokenizer, batch_size=3, max_length=100_000), tasks)
+    assert str(found) == str(expected)
+    with adapted.disable_adapter():
+        without = answers(HFLM(adapted, tokenizer=tokenizer, batch_size=3, max_length=100_000), tasks)
+    for task in ("local_choice", "local_until"):
+        assert str(found[task]) != str(without[task])
+
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_chat_template_is_applied(tasks, tmp_path, monkeypatch):
+    """As lm-eval's own model applies it: the generation prompt included, BOS once."""
+    register()
+    model, tokenizer = load_model("demo")
+    tokenizer.chat_template = CHATML
+    model.save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    arguments = f"pretrained={tmp_path / 'chat'},local_branch=64,global_branch=4"
+    asked = {"apply_chat_template": True, "system_instruction": "Be brief."}
+    read = []
+    encode = LongpatchLM.tok_encode
+    monkeypatch.setattr(LongpatchLM, "tok_encode", lambda *args, **more: read.append(encode(*args, **more)) or read[-1])
+    found = answers("longpatch", tasks, model_args=arguments, device="cpu", **asked)
+    convert_model(model, 64, 4)
+    expected = answers(HFLM(model, tokenizer=tokenizer, max_length=100_000), tasks, **asked)
+    assert str(found) == str(expected)
+    prompt = f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{ROWS[1]['context']}<|im_end|>\n"
+    prompts = [ids for ids in read if tokenizer.decode(ids, skip_special_tokens=True).startswith(prompt)]
+    shown = {tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts}
+    assert {f"{prompt}<|im_start|>assistant\n{said}" for said in ("", *ROWS[1]["choices"])} <= shown
+    assert all(ids.count(tokenizer.bos_token_id) == 1 for ids in prompts)
+    plain = answers("longpatch", tasks, model_args=arguments, device="cpu")
+    assert str(plain) != str(found)
 
 
 def test_the_command_registers_and_hands_over(monkeypatch):
@@ -184,15 +245,17 @@ def test_a_rolling_text_is_that_of_the_stream():
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_another_rope_theta():
-    model, _ = load_model("demo")
-    before = model.base_model.rotary_emb.inv_freq.clone()
-    set_rope_theta(model, 2e6)
-    after = model.base_model.rotary_emb.inv_freq
-    dimension = 2 * len(before)
-    expected = 2e6 ** (-torch.arange(0, dimension, 2) / dimension)
-    torch.testing.assert_close(after, expected)
-    assert not torch.allclose(before, after)
-    for name, reason in (("gemma3_text", "sliding_attention, full_attention"), ("gptj", "no rotary embedding")):
-        with pytest.raises(LongpatchError, match=reason):
-            set_rope_theta(tiny_model(name), 2e6)
+@torch.no_grad()
+def test_positions_are_stretched():
+    model, tokenizer = load_model("demo")
+    ids = torch.tensor([tokenizer.encode(LONG)])
+    before = model(ids).logits
+    convert_model(interpolate_rope(model, theta=2e6), 64, 4)
+    expected = model(ids).logits
+    assert torch.equal(LongpatchLM("demo", 64, 4, rope_theta=2_000_000, device="cpu").model(ids).logits, expected)
+    assert (before - expected).abs().max() > 0.1
+    linear = LongpatchLM("demo", convert=False, rope_method="linear", rope_factor=4, device="cpu")
+    assert linear.model.config.rope_parameters["rope_type"] == "linear"
+    assert linear.max_length == 4 * 256
+    with pytest.raises(LongpatchError, match="theta='much' must be a number"):
+        LongpatchLM("demo", rope_theta="much")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from longpatch import interpolate_rope
 from longpatch.cli import main
 from longpatch.demo import load
 from longpatch.results import read_records
@@ -83,6 +84,28 @@ def test_perplexity_is_that_of_a_plain_loop(ask, demo, arguments, length, stride
     assert found == pytest.approx(expected.mean().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("flags", "settings"),
+    [
+        (["--rope-theta", "80000"], {"theta": 80_000.0}),
+        (["--rope-method", "linear", "--rope-factor", "4"], {"method": "linear", "factor": 4.0}),
+    ],
+)
+def test_flags_stretch_positions(ask, flags, settings):
+    model, tokenizer = load()
+    ids = torch.tensor([tokenizer.bos_token_id, *tokenizer.encode(STORY * 12, add_special_tokens=False)])[:200]
+    before = plain_loop(model, ids, 1000, 1000).mean().item()
+    expected = plain_loop(interpolate_rope(model, **settings), ids, 1000, 1000).mean().item()
+    (found,) = [
+        record
+        for record in ask("perplexity", "demo", "story.txt", "--no-convert", "--length", "200", *flags)
+        if record["metric"] == "nll_document"
+    ]
+    assert found["value"] == pytest.approx(expected, rel=1e-6)
+    assert abs(expected - before) > 0.01
+    assert {f"rope_{name}": value for name, value in settings.items()}.items() <= found["settings"].items()
+
+
 def test_flags_that_would_be_ignored_are_refused(ask, capsys):
     asked = ["eval", "perplexity", "demo", "story.txt"]
     assert main([*asked, "--sliding-window", "65", "--seq-len", "64"]) == 2
@@ -91,6 +114,8 @@ def test_flags_that_would_be_ignored_are_refused(ask, capsys):
     assert "--bucket with --sliding-window" in capsys.readouterr().err
     assert main([*asked, "--seq-len", "64", "--score", "all"]) == 2
     assert "--seq-len, --score without --sliding-window" in capsys.readouterr().err
+    assert main([*asked, "--rope-factor", "4"]) == 2
+    assert "factor=4.0 is given without a method" in capsys.readouterr().err
 
 
 def test_mean_variance_and_count_of_every_position(ask, demo, tmp_path, capsys):

@@ -19,6 +19,12 @@ ARMS = [Arm("original"), Arm("16/2", {"local_branch": 16, "global_branch": 2})]
 SAMPLES = [Sample({"length": 8 * (i % 2)}, {"trial": i}, i) for i in range(5)]
 
 
+def test_several_processes_are_told_at_once_that_they_need_a_file(monkeypatch):
+    monkeypatch.setattr("longpatch.evaluation.run.process_state", lambda: Namespace(num_processes=2, process_index=0))
+    with pytest.raises(LongpatchError, match=r"eval test: several processes.*--out FILE"):
+        Run("eval test", "tiny").records(None, ARMS, SAMPLES, measure)
+
+
 def test_arms_are_read_from_one_line():
     arms = parse_arms(
         "original,1024/10,256/0@512,fresh:64,truncate:2048,constant:a, b,original,", {"implementation": "x"}
@@ -43,8 +49,9 @@ def test_a_split_model_is_not_measured_by_processes_that_share_out_the_samples()
 
 def test_each_process_opens_the_model_on_its_own_device(monkeypatch):
     opened = []
-    monkeypatch.setattr(flags, "load_model", lambda *args, device_map, **options: opened.append(device_map))
+    monkeypatch.setattr(flags, "load_model", lambda *args, device_map, **options: (opened.append(device_map), None))
     asked = {"model": "x", "dtype": "float32", "peft": None, "load_in_4bit": False}
+    asked |= {"rope_method": None, "rope_factor": None, "rope_theta": None}
     for there in (False, True):
         monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
         monkeypatch.setattr(flags, "process_state", lambda: Namespace(device="cuda:3"))

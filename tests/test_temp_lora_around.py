@@ -202,6 +202,8 @@ def test_the_command_walks_writes_and_goes_on(tmp_path, capsys):
     assert [r["value"] for r in read_records(out)] == [r["value"] for r in records]
     assert walk(books, *options, "--rank", 4) == 2
     assert "another walk" in capsys.readouterr().err
+    assert walk(books, *options, "--rope-theta", 80_000) == 2
+    assert "another model" in capsys.readouterr().err
 
 
 def test_records_hold_every_setting(tmp_path):

@@ -13,6 +13,7 @@ from ..convert import convert_model
 from ..errors import LongpatchError
 from ..evaluation.arms import SYNTAX, Arm, check_arms, converted_arm, parse_arms
 from ..evaluation.run import Run, process_state
+from ..interpolation import METHODS, interpolate_rope
 from ..models import load_model
 from ..recall import Recall
 from ..temp_lora import LearnOptions
@@ -61,6 +62,11 @@ def add_model_flags(parser: argparse.ArgumentParser, may_stay: bool = True) -> N
         metavar="SETTINGS",
         help="what left the window comes back: 'default', settings of longpatch.Recall (top_k=5,queries=16), or 'none'",
     )
+    group.add_argument(
+        "--rope-method", choices=METHODS, metavar="NAME", help=f"stretch positions: {', '.join(METHODS)}"
+    )
+    group.add_argument("--rope-factor", type=float, metavar="X", help="to X times the training length")
+    group.add_argument("--rope-theta", type=float, metavar="X", help="another base of the rotary frequencies")
     if may_stay:
         group.add_argument("--no-convert", action="store_true", help="leave the model as it is")
     group.add_argument("--attn", choices=("auto", *IMPLEMENTATIONS), default="auto", help="attention implementation")
@@ -83,12 +89,18 @@ def conversion_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def rope_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `interpolate_rope`; empty: positions stay as the model has them."""
+    given = {name: getattr(arguments, f"rope_{name}") for name in ("method", "factor", "theta")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The `(model, tokenizer)` that the flags ask for, unconverted; on this process's CUDA device, where one is."""
     device_map = arguments.device_map
     if device_map is None and torch.cuda.is_available() and not arguments.tp:
         device_map = {"": process_state().device}
-    return load_model(
+    model, tokenizer = load_model(
         arguments.model,
         getattr(torch, arguments.dtype),
         adapter=arguments.peft,
@@ -96,6 +108,10 @@ def open_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
         quantization="nf4" if arguments.load_in_4bit else "none",
         tensor_parallel=arguments.tp,
     )
+    rope = rope_settings(arguments)
+    if rope:
+        interpolate_rope(model, **rope)
+    return model, tokenizer
 
 
 def open_converted(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -110,7 +126,8 @@ def loading_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What records say about how the model was loaded: the flags that were given."""
     given = {"dtype": arguments.dtype, "peft": arguments.peft, "load_in_4bit": arguments.load_in_4bit}
     usual = ("float32", None, False)
-    return {name: value for name, value in given.items() if value not in usual}
+    rope = {f"rope_{name}": value for name, value in rope_settings(arguments).items()}
+    return {name: value for name, value in given.items() if value not in usual} | rope
 
 
 def add_run_flags(parser: argparse.ArgumentParser, baselines: str = SYNTAX) -> None:

@@ -1,7 +1,8 @@
 """lm-evaluation-harness with one more model, "longpatch": all arguments are handed on to `lm_eval`.
 
-Its --model_args are pretrained, local_branch, global_branch, limit_distance, convert, attn, recall, rope_theta, peft,
-truncation (error, left, right, center), max_length, dtype, device_map, load_in_4bit, and those of lm-eval's own "hf".
+Its --model_args are pretrained, local_branch, global_branch, limit_distance, convert, attn, recall, rope_method,
+rope_factor, rope_theta, peft, truncation (error, left, right, center), max_length, dtype, device_map, load_in_4bit, and
+those of lm-eval's own "hf".
 """
 
 import sys

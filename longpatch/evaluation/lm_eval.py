@@ -14,6 +14,7 @@ from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImpo
 from ..convert import convert_model
 from ..errors import LongpatchError
 from ..families import trained_length
+from ..interpolation import interpolate_rope
 from ..models import load_model
 from ..recall import Recall
 from .prompts import cut_middle
@@ -35,7 +36,7 @@ class LongpatchLM(_Base):
         local_branch: window in tokens, `global_branch` sinks, `limit_distance`: as in `convert_model`.
         convert: False leaves the model as it is.
         attn: as the flag --attn, `recall` as the flag --recall.
-        rope_theta: another base of the rotary frequencies, where all layers have the same.
+        rope_method, rope_factor, rope_theta: positions stretched, as the flags --rope-method, ...
         peft: a LoRA on top.
         truncation: what becomes of an input longer than `max_length`: "error" (the default), or "left", "right" or
             "center", the part that is cut out. Nothing is cut in silence.
@@ -58,6 +59,8 @@ class LongpatchLM(_Base):
         convert: bool = True,
         attn: str = "auto",
         recall: str | None = None,
+        rope_method: str | None = None,
+        rope_factor: float | None = None,
         rope_theta: float | None = None,
         peft: str | None = None,
         truncation: str = "error",
@@ -78,8 +81,9 @@ class LongpatchLM(_Base):
             device_map=device_map,
             quantization="nf4" if load_in_4bit else "none",
         )
-        if rope_theta is not None:
-            set_rope_theta(model, float(rope_theta))
+        rope: dict[str, Any] = {"method": rope_method, "factor": rope_factor, "theta": rope_theta}
+        if any(value is not None for value in rope.values()):
+            interpolate_rope(model, **rope)
         if convert:
             chosen = recall if recall is None else recall != "none" and Recall.parse(recall)
             convert_model(
@@ -148,24 +152,6 @@ class LongpatchLM(_Base):
             rows = [self.shorten(row, self.asked_length or left_truncate_len) for row in rows]
         padded = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
         return padded["input_ids"], padded["attention_mask"]
-
-
-def set_rope_theta(model: Any, theta: float) -> None:
-    """Give an open model another base of its rotary frequencies.
-
-    Raises:
-        LongpatchError: where it has none, or several.
-    """
-    config = model.config
-    base = model.get_base_model().base_model if hasattr(model, "get_base_model") else model.base_model
-    given = getattr(config, "rope_parameters", None) or {}
-    if "rope_theta" not in given or not hasattr(base, "rotary_emb"):
-        kinds = [name for name, value in given.items() if isinstance(value, dict)]
-        reason = f"a base for each of {', '.join(kinds)}" if kinds else "no rotary embedding with a base"
-        reason = f"rope_theta: model_type={config.model_type!r} has {reason}"
-        raise LongpatchError("lm-eval", [reason], "models whose layers share one")
-    config.rope_parameters = {**given, "rope_theta": theta}
-    base.rotary_emb = type(base.rotary_emb)(config=config).to(model.device)
 
 
 def register() -> None:

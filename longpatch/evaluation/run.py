@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,11 @@ class Work:
 
 
 def process_state() -> PartialState:
-    """The processes of this run; without a CUDA device accelerate joins them only where it is told to use the CPU."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    """The processes of this run; without a CUDA device accelerate joins them only where it is told to use the CPU.
+
+    One that is done early waits for the others as long as it takes, not ten minutes.
+    """
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(weeks=52))
 
 
 Measure = Callable[[Arm, Sample, Work], Iterable[Measurement]]
@@ -117,11 +121,14 @@ class Run:
         goes on where it was and ends with the same records.
 
         Raises:
-            LongpatchError: where there is nothing to measure; for a journal of another run.
+            LongpatchError: where there is nothing to measure; for a journal of another run; for several processes
+                without `out`.
         """
         if not samples:
             raise LongpatchError(self.command, ["no samples"])
         processes = process_state()
+        if processes.num_processes > 1 and self.out is None:
+            raise LongpatchError(self.command, ["several processes have no common file to write to"], "--out FILE")
         journal = Journal(self, arms, samples, processes.process_index)
         share = range(processes.process_index, len(samples), processes.num_processes)
         todo = [(arm, i) for arm in arms for i in share if (arm.label, i) not in journal.done]
@@ -144,7 +151,7 @@ class Run:
         processes.wait_for_everyone()
         if not processes.is_main_process:
             return []
-        done = journal.everything(processes.num_processes)
+        done = journal.everything()
         return [line for arm in arms for i in range(len(samples)) for line in done[arm.label, i]]
 
     def finish(self, records: list[dict[str, Any]]) -> None:
@@ -187,7 +194,7 @@ class Journal:
             raise LongpatchError(
                 "--out", [f"{found[0]} is left from an unfinished run"], "--resume, another --out, or removing it"
             )
-        self.done = self.everything(None)
+        self.done = self.everything()
         process_state().wait_for_everyone()
         run.out.parent.mkdir(parents=True, exist_ok=True)
         path = run.out.with_name(f"{run.out.name}.part{process}")
@@ -214,7 +221,7 @@ class Journal:
         if self._file is not None:
             self._file.close()
 
-    def everything(self, processes: int | None) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    def everything(self) -> dict[tuple[str, int], list[dict[str, Any]]]:
         """What all processes have finished."""
         done = dict(self.done)
         for path in self.run.journals():
@@ -225,8 +232,6 @@ class Journal:
                 if line.endswith("\n"):
                     label, index, records = json.loads(line)
                     done[label, index] = records
-        if processes and processes > 1 and self.run.out is None:
-            raise LongpatchError("evaluation", ["several processes have no common file to write to"], "--out FILE")
         return done
 
 

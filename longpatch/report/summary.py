@@ -9,7 +9,7 @@ import numpy
 
 RESAMPLES = 1000
 LOG_METRICS = {"nll": "perplexity", "nll_document": "perplexity of all tokens"}
-LOADING = ("dtype", "peft", "load_in_4bit")  # how a model was loaded
+LOADING = ("dtype", "peft", "load_in_4bit", "rope_method", "rope_factor", "rope_theta")  # how a model was loaded
 VARIANCE = "nll_variance"
 MEAN_OF_DOCUMENTS = "nll_mean_over_documents"
 

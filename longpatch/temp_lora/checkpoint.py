@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ..cache import LambdaCache
+from ..changes import position_config
 from ..errors import LongpatchError
 from ..padding import Padding
 from .targets import device_of, linear_layers
@@ -66,8 +67,9 @@ def load_state(folder: Path, kind: str, call: str = "resume") -> tuple[dict[str,
 
 
 def fingerprint(model: Any) -> str:
-    """Tells one model, and the way it is converted, from another: sizes and a sample of every parameter."""
-    digest = hashlib.sha256(repr(getattr(model, "longpatch", None)).encode())
+    """Tells one model from another: conversion, rotary frequencies, sizes and a sample of every parameter."""
+    rope = getattr(position_config(model.config), "rope_parameters", None)
+    digest = hashlib.sha256(f"{getattr(model, 'longpatch', None)!r} {json.dumps(rope, sort_keys=True)}".encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta:

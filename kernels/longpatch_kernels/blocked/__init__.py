@@ -15,11 +15,11 @@ def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
 
 
 def run(inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
-    return differentiable(inputs, algorithm(inputs).forward)
+    return differentiable(inputs, algorithm(inputs).forward, gradients)
 
 
-def differentiable(inputs: LambdaInputs, forward: Callable) -> tuple[Tensor, Tensor]:
-    """`forward(inputs) -> (out, lse)` with the gradients below."""
+def differentiable(inputs: LambdaInputs, forward: Callable, gradients: Callable) -> tuple[Tensor, Tensor]:
+    """`forward(inputs) -> (out, lse)` with these gradients, which are those of the inputs `widened`."""
     out, lse = autograd.differentiable(widened(inputs), forward, gradients)
     return (out if out.dtype == inputs.query.dtype else out.to(inputs.query.dtype)), lse
 

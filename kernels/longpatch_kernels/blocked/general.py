@@ -4,22 +4,29 @@ Time and memory traffic grow with n * window, extra memory stays at one block of
 from the saved log-sum-exp. Half-precision inputs are computed in float32.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ..inputs import Gradients, LambdaInputs, computing_dtype
+from ..inputs import FarSegment, Gradients, LambdaInputs, computing_dtype
+
+PARTS = ("window", "far")
 
 SCORE_BYTES = 16 * 2**20  # one block of scores stays within a desktop CPU's last-level cache
 LARGEST_BLOCK = 256
 
 
-def block_size(x: LambdaInputs) -> int:
-    """Queries per block: as many as keep a block of scores within SCORE_BYTES, between 16 and LARGEST_BLOCK."""
+def block_size(x: LambdaInputs, names: Sequence[str] = PARTS) -> int:
+    """Queries per block: as many as keep a block of scores within SCORE_BYTES, from 16 on.
+
+    At most LARGEST_BLOCK against a window, since a larger block scores more keys that few of its queries see.
+    """
     batch, heads = x.query.shape[:2]
-    bytes_per_query = 4 * batch * heads * min(x.key_count, x.window + LARGEST_BLOCK)
-    return max(16, min(LARGEST_BLOCK, SCORE_BYTES // max(1, bytes_per_query)))
+    keys, largest = min(x.key_count, x.window + LARGEST_BLOCK), LARGEST_BLOCK
+    if "window" not in names and x.far is not None:
+        keys, largest = x.far.key.shape[2], x.query_count
+    return max(16, min(largest, SCORE_BYTES // max(1, 4 * batch * heads * keys)))
 
 
 class _Block:
@@ -40,20 +47,26 @@ class _Block:
     def ungrouped(self, tensor: Tensor) -> Tensor:
         return tensor.reshape(tensor.shape[0], -1, self.rows.stop - self.rows.start, *tensor.shape[3:])
 
-    def parts(self) -> Iterator["_Part"]:
+    def parts(self, names: Sequence[str] = PARTS) -> Iterator["_Part"]:
+        if "window" in names:
+            yield self.window()
+        if "far" in names and self.x.far is not None:
+            yield self.far(self.x.far)
+
+    def window(self) -> "_Part":
         x = self.x
         distance = self.position - self.index  # [rows, columns]
         hidden = (distance < 0) | (distance >= x.window)
         if x.first_valid is not None:
             hidden = hidden | (self.index < x.first_valid[:, None, None, None])
-        yield _Part(self, "window", x.query, x.key, x.value, self.columns, distance, hidden)
-        if x.far is not None:
-            far = x.far
-            hidden = self.position - far.positions[:, None, None, :] < x.window
-            if far.mask is not None:
-                hidden = hidden | ~far.mask[:, :, self.rows]
-            distance = None if far.distance is None else far.distance[:, None, None, :]
-            yield _Part(self, "far", far.query, far.key, far.value, slice(None), distance, hidden)
+        return _Part(self, "window", x.query, x.key, x.value, self.columns, distance, hidden)
+
+    def far(self, far: FarSegment) -> "_Part":
+        hidden = self.position - far.positions[:, None, None, :] < self.x.window
+        if far.mask is not None:
+            hidden = hidden | ~far.mask[:, :, self.rows]
+        distance = None if far.distance is None else far.distance[:, None, None, :]
+        return _Part(self, "far", far.query, far.key, far.value, slice(None), distance, hidden)
 
 
 class _Part:
@@ -88,8 +101,8 @@ class _Part:
         return grad.mul_(self.block.x.scale)
 
 
-def _blocks(x: LambdaInputs) -> Iterator[_Block]:
-    size, offset = block_size(x), x.key_count - x.query_count
+def _blocks(x: LambdaInputs, names: Sequence[str] = PARTS) -> Iterator[_Block]:
+    size, offset = block_size(x, names), x.key_count - x.query_count
     for start in range(0, x.query_count, size):
         stop = min(start + size, x.query_count)
         if x.wraps:
@@ -122,27 +135,33 @@ def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-    """Gradients of the inputs, the scores computed anew from `lse`."""
+def backward(
+    x: LambdaInputs,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    names: Sequence[str] = PARTS,
+) -> Gradients:
+    """Gradients of the inputs, the scores computed anew from `lse`; None for a part that is not named."""
     ordered = _ordered(x)
     dtype = lse.dtype
-    grads = {"window": [torch.zeros_like(t, dtype=dtype) for t in (x.query, x.key, x.value)]}
-    if x.far is not None:
-        grads["far"] = [torch.zeros_like(t, dtype=dtype) for t in (x.far.query, x.far.key, x.far.value)]
+    tensors = {"window": x.tensors[:3], "far": x.tensors[3:]}
+    grads = {name: [t if t is None else torch.zeros_like(t, dtype=dtype) for t in tensors[name]] for name in names}
     correction = (grad_out.to(dtype) * out.to(dtype)).sum(dim=-1)
     if grad_lse is not None:
         correction = correction - grad_lse
     shift = lse.masked_fill(lse.isneginf(), 0.0)
-    for block in _blocks(ordered):
+    for block in _blocks(ordered, names):
         block_grad, block_correction = block.grouped(grad_out), block.grouped(correction)
-        for part in block.parts():
+        for part in block.parts(names):
             grad_query, grad_key, grad_value = grads[part.name]
             weights = part.weights(shift[:, :, block.rows])
             grad_value[:, :, part.columns] += weights.mT @ block_grad
             grad_scores = part.backward_scores(weights, block_grad, block_correction)
             grad_key[:, :, part.columns] += grad_scores.mT @ part.query
             grad_query[:, :, block.rows] += block.ungrouped(grad_scores @ part.key)
-    found = *grads["window"], *grads.get("far", [None] * 3)
+    found = tuple(grad for name in PARTS for grad in grads.get(name, [None] * 3))
     return found if ordered is x else x.as_stored(found)
 
 

@@ -1,4 +1,4 @@
-"""Λ-attention on a CPU by a C++ kernel of our own, compiled on first use; gradients are `blocked`'s."""
+"""Λ-attention on a CPU by a C++ kernel of our own, compiled on first use, and its gradients."""
 
 import ctypes
 import math
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import blocked
-from ..blocked import decode, gradients, widened
-from ..inputs import LambdaInputs
+from ..blocked import decode, general, widened
+from ..inputs import Gradients, LambdaInputs
 from .build import library
 
 __all__ = ["gradients", "not_supported_reasons", "run", "widened", "worthwhile"]
@@ -48,7 +48,7 @@ def worthwhile(x: LambdaInputs) -> bool:
 
 
 def run(inputs: LambdaInputs) -> tuple[Tensor, Tensor]:
-    return blocked.differentiable(inputs, forward)
+    return blocked.differentiable(inputs, forward, gradients)
 
 
 class _Rows(ctypes.Structure):
@@ -70,6 +70,39 @@ class _Call(ctypes.Structure):
     )
 
 
+class _Gradients(ctypes.Structure):
+    _fields_ = (
+        *((name, _Rows) for name in ("out", "query", "key", "value")),
+        ("shift", ctypes.c_void_p),
+        ("correction", ctypes.c_void_p),
+    )
+
+
+class _Kept(list):
+    """Whatever the kernel reads, until it has."""
+
+    def rows(self, tensor: Tensor) -> _Rows:
+        self.append(tensor if tensor.stride(-1) == 1 else tensor.contiguous())
+        return _Rows(self[-1].data_ptr(), *self[-1].stride()[:3])
+
+    def numbers(self, tensor: Tensor, dtype: torch.dtype) -> int:
+        self.append(tensor.to(dtype).contiguous())
+        return self[-1].data_ptr()
+
+    def call(self, x: LambdaInputs) -> _Call:
+        """The call without its results and its far segment."""
+        batch, heads, queries, dim = x.query.shape
+        call = _Call(
+            query=self.rows(x.query), key=self.rows(x.key), value=self.rows(x.value),
+            batch=batch, heads=heads, key_heads=x.key.shape[1], queries=queries, keys=x.key_count, dim=dim,
+            window=x.window, ring_start=int(x.ring_start) % max(1, x.key_count), threads=torch.get_num_threads(),
+            scale=x.scale * math.log2(math.e),
+        )  # fmt: skip
+        if x.first_valid is not None:
+            call.first_valid = self.numbers(x.first_valid, torch.int64)
+        return call
+
+
 def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, n, d], in memory [B, n, Hq, d], and log-sum-exp [B, Hq, n] in float32."""
     few = decode.suits(x)
@@ -77,28 +110,33 @@ def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     batch, heads, queries, dim = x.query.shape
     out = x.query.new_empty(batch, queries, heads, dim).transpose(1, 2)
     lse = out.new_empty(batch, heads, queries, dtype=torch.float32)
-    kept = []  # whatever the kernel reads, until it has
-
-    def rows(tensor: Tensor) -> _Rows:
-        kept.append(tensor if tensor.stride(-1) == 1 else tensor.contiguous())
-        return _Rows(kept[-1].data_ptr(), *kept[-1].stride()[:3])
-
-    def integers(tensor: Tensor) -> int:
-        kept.append(tensor.to(torch.int64).contiguous())
-        return kept[-1].data_ptr()
-
-    call = _Call(
-        query=rows(x.query), key=rows(x.key), value=rows(x.value), out=rows(out), lse=lse.data_ptr(),
-        batch=batch, heads=heads, key_heads=x.key.shape[1], queries=queries, keys=x.key_count, dim=dim,
-        window=x.window, ring_start=int(x.ring_start) % max(1, x.key_count), threads=torch.get_num_threads(),
-        scale=x.scale * math.log2(math.e),
-    )  # fmt: skip
+    kept = _Kept()
+    call = kept.call(x)
+    call.out, call.lse = kept.rows(out), lse.data_ptr()
     if x.far is not None:
-        call.far_query, call.far_key, call.far_value = rows(x.far.query), rows(x.far.key), rows(x.far.value)
-        call.far_count, call.far_positions = x.far.key.shape[2], integers(x.far.positions)
+        call.far_query, call.far_key, call.far_value = (kept.rows(t) for t in x.tensors[3:])
+        call.far_count, call.far_positions = x.far.key.shape[2], kept.numbers(x.far.positions, torch.int64)
         call.far_positions_batch = call.far_count if len(x.far.positions) > 1 else 0
-    if x.first_valid is not None:
-        call.first_valid = integers(x.first_valid)
     if out.numel():
         getattr(library(), f"{'decode' if few else 'prefill'}_{SUFFIX[x.query.dtype]}")(ctypes.byref(call))
     return out, lse
+
+
+def gradients(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None) -> Gradients:
+    """Gradients of the six tensors of `x`: of the window by the kernel, of the far segment by plain products."""
+    if torch.is_grad_enabled() or grad_out is None or x.query.dtype != torch.float32:
+        return blocked.gradients(x, out, lse, grad_out, grad_lse)  # whose own gradients are known
+    ordered = x.in_time_order()
+    grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in x.tensors[:3]]
+    correction = (grad_out * out).sum(dim=-1)
+    kept = _Kept()
+    found = _Gradients(
+        out=kept.rows(grad_out),
+        **{name: kept.rows(grad) for name, grad in zip(("query", "key", "value"), grads, strict=True)},
+        shift=kept.numbers(lse.masked_fill(lse.isneginf(), torch.inf), torch.float32),
+        correction=kept.numbers(correction if grad_lse is None else correction - grad_lse, torch.float32),
+    )
+    if out.numel():
+        library().backward_float32(ctypes.byref(kept.call(ordered)), ctypes.byref(found))
+    far = (None,) * 3 if x.far is None else general.backward(ordered, out, lse, grad_out, grad_lse, ("far",))[3:]
+    return x.as_stored((*grads, *far))

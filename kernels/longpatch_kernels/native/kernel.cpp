@@ -43,6 +43,13 @@ struct Call {
     const Index* far_of(Index b) const { return far_positions + b * far_positions_batch; }
 };
 
+// Of the window's part, all in float32; `shift` is the log-sum-exp, +inf where a query sees nothing, and `correction`
+// the sum of dO * O less the gradient of the log-sum-exp, both [B, Hq, n]
+struct Gradients {
+    Rows out, query, key, value;  // dO, and what is written (query) or added to (key, value)
+    const float *shift, *correction;
+};
+
 static inline Vec load(const float* p) { return *(const Vec*)p; }
 static inline void store(float* p, Vec x) { *(Vec*)p = x; }
 
@@ -92,8 +99,8 @@ struct Ahead {
     }
 };
 
-// C [M, 8 V] (+)= A [M, count] B [count, 8 V]
-template <int M, int V> static inline void tile(
+// C [M, 8 V] (+)= A [M, count] B [count, 8 V]; the numbers of a row of A lie `STEP` apart
+template <int M, int V, Index STEP = 1> static inline void tile(
     const float* a, Index a_row, const float* b, Index b_row, Index count, float* c, Index c_row, bool add,
     Ahead* ahead = nullptr, Index size = 0) {
     Vec sums[M][V];
@@ -110,7 +117,7 @@ template <int M, int V> static inline void tile(
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++)
 #pragma GCC unroll 16
-            for (int v = 0; v < V; v++) sums[m][v] += a[m * a_row + k] * right[v];
+            for (int v = 0; v < V; v++) sums[m][v] += a[m * a_row + k * STEP] * right[v];
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
@@ -463,6 +470,115 @@ template <class T> struct Decode {
     }
 };
 
+constexpr Index LINE = BLOCK_KEYS + PANEL;  // of a block's scores: the last tile of six keys may reach beyond the block, into zeros
+
+// Scores are computed anew. Gradients of a chunk's keys and values are collected beside each other and then added to the
+// whole: at most two chunks touch a key, so that the sum does not depend on their order.
+struct Backward {
+    const Call& c;
+    const Gradients& g;
+    std::vector<float> key_panels, value_panels, key_sums, value_sums, query, grad_out, grad_query, weights, scores;
+
+    Backward(const Call& call, const Gradients& gradients) : c(call), g(gradients) {
+        for (auto* rows : {&query, &grad_out, &grad_query}) rows->resize(BLOCK_ROWS * c.dim);
+        for (auto* tiles : {&weights, &scores}) tiles->resize(BLOCK_ROWS * LINE);
+    }
+
+    void chunk(Index b, Index key_head, Index begin, Index end) {
+        Index dim = c.dim, stop = c.offset() + end;
+        Index first = std::max(c.valid(b), c.offset() + begin - c.window + 1);
+        first = std::min(std::max<Index>(first, 0), stop);
+        for (auto* panels : {&key_panels, &value_panels}) panels->resize((stop - first + PANEL) * dim);
+        for (auto* sums : {&key_sums, &value_sums}) sums->assign((stop - first + PANEL) * dim, 0.0f);
+        const float* key = row_of<float>(c.key, b, key_head, first);
+        pack(key, stop - first, dim, c.key.row, key_panels.data());
+        pack(row_of<float>(c.value, b, key_head, first), stop - first, dim, c.value.row, value_panels.data());
+        for (Index head = key_head * c.group(); head < (key_head + 1) * c.group(); head++)
+            for (Index row = begin; row < end; row += BLOCK_ROWS) {
+                Index rows = std::min(BLOCK_ROWS, end - row), line = (b * c.heads + head) * c.queries + row;
+                for (auto* block : {&query, &grad_out, &grad_query}) std::fill(block->begin(), block->end(), 0.0f);
+                for (Index r = 0; r < rows; r++) {
+                    scaled(row_of<float>(c.query, b, head, row + r), dim, c.scale, query.data() + r * dim);
+                    scaled(row_of<float>(g.out, b, head, row + r), dim, 1, grad_out.data() + r * dim);
+                }
+                window(first, c.offset() + row, rows, key, g.shift + line, g.correction + line);
+                for (Index r = 0; r < rows; r++)
+                    scaled(grad_query.data() + r * dim, dim, c.scale * float(M_LN2), row_of<float>(g.query, b, head, row + r));
+            }
+#pragma omp critical
+        for (Index k = 0; k < stop - first; k++) {
+            float *to_key = row_of<float>(g.key, b, key_head, first + k), *to_value = row_of<float>(g.value, b, key_head, first + k);
+            for (Index d = 0; d < dim; d += LANES) {
+                store(to_key + d, load(to_key + d) + load(key_sums.data() + k * dim + d) * float(M_LN2));
+                store(to_value + d, load(to_value + d) + load(value_sums.data() + k * dim + d));
+            }
+        }
+    }
+
+    // Keys from `first` on against rows at positions `position + r`
+    void window(Index first, Index position, Index rows, const float* key, const float* shift, const float* correction) {
+        Index dim = c.dim, oldest = std::max(first, position - c.window + 1), stop = position + rows;
+        Index used = (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+        if (oldest >= stop) return;
+        for (Index start = first + (oldest - first) / PANEL * PANEL; start < stop; start += BLOCK_KEYS) {
+            Index count = std::min(BLOCK_KEYS, stop - start), padded = (count + PANEL - 1) / PANEL * PANEL;
+            const float* panels[] = {key_panels.data() + (start - first) * dim, value_panels.data() + (start - first) * dim};
+            for (Index j = 0; j < padded; j += PANEL)
+                for (Index r = 0; r < used; r += TILE_ROWS) {
+                    Index to = r * LINE + j;
+                    tile<TILE_ROWS, 2>(query.data() + r * dim, dim, panels[0] + j * dim, PANEL, dim, weights.data() + to, LINE, false);
+                    tile<TILE_ROWS, 2>(grad_out.data() + r * dim, dim, panels[1] + j * dim, PANEL, dim, scores.data() + to, LINE, false);
+                }
+            for (Index r = 0; r < used; r++) {
+                Index begin = 0, end = 0;
+                if (r < rows) {
+                    begin = std::max(std::max(first, position + r - c.window + 1) - start, Index(0));
+                    end = std::max(std::min(count, position + r + 1 - start), begin);
+                }
+                absorb(weights.data() + r * LINE, scores.data() + r * LINE, std::min(begin, padded), std::min(end, padded), padded,
+                       r < rows ? shift[r] * float(M_LOG2E) : 0, r < rows ? correction[r] : 0);
+            }
+            for (Index d = 0; d < dim; d += PANEL) {
+                for (Index r = 0; r < used; r += TILE_ROWS)
+                    tile<TILE_ROWS, 2>(scores.data() + r * LINE, LINE, key + (start - first) * c.key.row + d, c.key.row, count,
+                                       grad_query.data() + r * dim + d, dim, true);
+                for (Index j = 0; j < count; j += TILE_ROWS) {
+                    Index to = (start - first + j) * dim + d;
+                    tile<TILE_ROWS, 2, LINE>(scores.data() + j, 1, query.data() + d, dim, used, key_sums.data() + to, dim, true);
+                    tile<TILE_ROWS, 2, LINE>(weights.data() + j, 1, grad_out.data() + d, dim, used, value_sums.data() + to, dim, true);
+                }
+            }
+        }
+    }
+
+    // One row: scores become weights, gradients of weights those of scores; 0 outside of [begin, end)
+    static void absorb(float* weights, float* scores, Index begin, Index end, Index count, float shift, float correction) {
+        for (Index j = 0; j < count; j += LANES) {
+            Vec weight = exp2(load(weights + j) - shift);
+            store(weights + j, weight);
+            store(scores + j, weight * (load(scores + j) - correction));
+        }
+        for (float* line : {weights, scores}) {
+            std::fill(line, line + begin, 0.0f);
+            std::fill(line + end, line + count + PANEL, 0.0f);
+        }
+    }
+};
+
+static void backward(const Call& c, const Gradients& g) {
+    Index size = (std::max(LEAST_CHUNK, c.window) + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
+    Index heads = c.batch * c.key_heads, chunks = (c.queries + size - 1) / size;
+#pragma omp parallel num_threads(c.threads)
+    {
+        Backward worker(c, g);
+#pragma omp for schedule(dynamic, 1)
+        for (Index item = 0; item < heads * chunks; item++) {
+            Index begin = item % chunks * size, head = item / chunks;
+            worker.chunk(head / c.key_heads, head % c.key_heads, begin, std::min(begin + size, c.queries));
+        }
+    }
+}
+
 template <class T> static void prefill(const Call& c) {
     Index size = std::max(LEAST_CHUNK, c.window), heads = c.batch * c.key_heads;
     if (c.threads > 1) {  // four pieces of work a thread, at the price of packing some keys more often
@@ -524,4 +640,5 @@ void prefill_float32(const Call* c) { prefill<float>(*c); }
 void prefill_bfloat16(const Call* c) { prefill<BFloat16>(*c); }
 void decode_float32(const Call* c) { decode<float>(*c); }
 void decode_bfloat16(const Call* c) { decode<BFloat16>(*c); }
+void backward_float32(const Call* c, const Gradients* g) { backward(*c, *g); }
 }

@@ -18,7 +18,7 @@ from ...evaluation.run import process_state
 from ...evaluation.temp_lora import BASE, Walk, walk_document
 from ...results import record, write_records
 from ...temp_lora.options import LearnOptions
-from ..flags import MODEL_HELP, add_model_flags, open_converted, positive
+from ..flags import MODEL_HELP, add_model_flags, loading_settings, open_converted, positive
 
 EXAMPLES = """\
 examples:
@@ -205,6 +205,7 @@ def _records(arguments: Namespace, walk: Walk, text: str, found: Bucket) -> list
         "cache_reuse_chunks": walk.cache_reuse_chunks,
         "fresh_base": walk.fresh_base,
         "learn": walk.learn.to_dict(),
+        **loading_settings(arguments),
     }
     metrics = {"perplexity": found.perplexity, "mean_chunk_perplexity": found.chunk_mean}
     return [
