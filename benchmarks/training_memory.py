@@ -9,6 +9,7 @@ system is more, on a CPU up to twice that, since freed memory is not at once of 
 """
 
 import argparse
+from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from longpatch.finetune import read_config
-from longpatch.finetune.estimate import estimate
+from longpatch.finetune.estimate import estimate, mixed_dtype
 from longpatch.finetune.model import prepare_model
 from longpatch.results import record, write_records
 
@@ -41,12 +42,14 @@ def memory_changes(profiler):
     return [size for _, size in changes]
 
 
-def measure(model, optimizer, vocabulary, batch, length):
-    """Bytes at the peak of one step on `batch` rows of `length` tokens."""
+def measure(model, optimizer, vocabulary, batch, length, mixed=None):
+    """Bytes at the peak of one step on `batch` rows of `length` tokens, computed in `mixed` where it is a dtype."""
 
     def backward(count):
         ids = torch.randint(0, vocabulary, (batch, count))
-        model(input_ids=ids, labels=ids).loss.backward()
+        with torch.autocast("cpu", mixed) if mixed else nullcontext():
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
 
     backward(8)
     optimizer.step()  # its state is there now
@@ -73,7 +76,7 @@ def main():
     batch = config.training.get("per_device_train_batch_size", 8)
     records = []
     for row in estimate(config, arguments.lengths):
-        measured = measure(model, optimizer, vocabulary, batch, row.length)
+        measured = measure(model, optimizer, vocabulary, batch, row.length, mixed_dtype(config))
         print(
             f"{row.length:>8} tokens: estimated {row.total / 2**20:>9.1f} MiB, measured {measured / 2**20:>9.1f} MiB, "
             f"ratio {row.total / measured:.3f}",

@@ -63,9 +63,9 @@ class PreallocatedLayer(CacheLayerMixin):
         for held, new in ((self.keys, key_states), (self.values, value_states)):
             held[:, :, past:total] = new.detach()
             if new.requires_grad:  # gradients flow to what came with this forward, not into the cache
-                returned.append(torch.cat((held[:, :, :past].to(new.dtype), new), dim=2))
+                returned.append(torch.cat((held[:, :, :past].to(new), new), dim=2))
             else:
-                returned.append(held[:, :, :total].to(new.dtype))
+                returned.append(held[:, :, :total].to(new))
         self.length = total
         return returned[0], returned[1]
 
@@ -118,7 +118,7 @@ class PreallocatedCache(Cache):
         config: config of the model.
         max_length: tokens it can hold.
         dtype: of what is stored; default: what the model computes in. Another one costs a copy at each step.
-        device: default: that of each layer.
+        device: default: that of each layer. Another one costs a copy at each step as well.
         offloading: keep the layers that do not run just now on the CPU; needs an accelerator.
 
     Raises:

@@ -8,6 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
+# Two processes by accelerate, which starts several only with --multi_gpu; a configuration says that they use the CPU.
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
+
 
 def environment(**more: str) -> dict[str, str]:
     """What a process of this repository's code needs in its environment."""

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.training_memory import learner, measure
 from longpatch.cli import main
 from longpatch.finetune import read_config
-from longpatch.finetune.estimate import estimate
+from longpatch.finetune.estimate import estimate, mixed_dtype
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "recipes" / "cpu-demo.yaml"
@@ -37,10 +37,21 @@ def test_the_command_prints_a_line_for_each_length(capsys):
     assert [line.split()[0] for line in lines] == ["length", "1,024", "2,048", "4,096", "5,000"]
 
 
-@pytest.mark.parametrize("changes", [[], ["model.attention=full"], ["training.gradient_checkpointing=true"]])
-def test_the_estimate_is_near_the_measured_peak(changes):
-    changes = [*changes, "training.per_device_train_batch_size=1"]
-    config = read_config(DEMO, changes)
-    (row,) = estimate(config, [2048])
-    measured = measure(*learner(config), 1, 2048)
+MIXED = ["training.bf16=true", "model.dtype=bfloat16", "model.loss_chunk=64"]
+CHECKPOINTS = "training.gradient_checkpointing=true"
+CHECKPOINTS = "training.gradient_checkpointing=true"
+CASES = [
+    pytest.param(2048, [], id="shifted"),
+    pytest.param(2048, ["model.attention=full"], id="full"),
+    pytest.param(2048, [CHECKPOINTS], id="checkpoints"),
+    pytest.param(256, MIXED, id="mixed"),
+    pytest.param(1024, [*MIXED, CHECKPOINTS], id="mixed, checkpoints", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("length", "changes"), CASES)
+def test_the_estimate_is_near_the_measured_peak(length, changes):
+    config = read_config(DEMO, [*changes, "training.per_device_train_batch_size=1"])
+    (row,) = estimate(config, [length])
+    measured = measure(*learner(config), 1, length, mixed_dtype(config))
     assert 0.85 < row.total / measured < 1.15

@@ -70,6 +70,19 @@ def test_merged_is_base_and_adapter(case, tmp_path, capsys):
         merge(base, adapter, merged)
 
 
+def test_embeddings_that_are_the_head_too(tmp_path):
+    write_base(tmp_path)
+    tied = tiny_llama(vocab_size=4096, initializer_range=0.05, tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "base")
+    adapter = write_adapter(tmp_path, "adapter", lora={"embeddings": True})
+    both, _ = load_model(str(tmp_path / "base"), adapter=str(adapter))
+    merge(str(tmp_path / "base"), adapter, tmp_path / "merged")
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(alone), logits(both), atol=1e-4, rtol=1e-4)
+    assert alone.get_output_embeddings().weight is alone.get_input_embeddings().weight
+    assert (alone.get_input_embeddings().weight - tied.get_input_embeddings().weight).abs().max() > 0.01
+
+
 def test_the_stored_dtype_is_kept_and_the_sum_is_in_float32(tmp_path):
     write_base(tmp_path)
     tiny_llama(vocab_size=4096, initializer_range=0.05, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")

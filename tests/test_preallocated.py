@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DynamicCache, FalconConfig
 
 from longpatch import LongpatchError, PreallocatedCache, convert_model, interpolate_rope
@@ -86,14 +87,61 @@ def test_sliding_layers_keep_their_window():
 
 
 @torch.no_grad()
-def test_compiles_in_one_graph():
-    model, ids = tiny_llama(), random_ids(1, 40)
+def test_two_compilations_serve_all_lengths():
+    """One for the first length, one for every other, in a second cache too; neither with a break."""
+    torch._dynamo.reset()
+    model, ids, counter = tiny_llama(), random_ids(1, 40), CompileCounter()
     expected = model(ids, use_cache=False).logits
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    cache = PreallocatedCache(model.config, 40)
-    logits = model(ids[:, :30], past_key_values=cache).logits
-    logits = [logits, *(compiled(ids[:, i : i + 1], past_key_values=cache).logits for i in range(30, 40))]
-    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=3e-4, rtol=1e-4)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for _ in range(2):
+        cache = PreallocatedCache(model.config, 40)
+        logits = [model(ids[:, :30], past_key_values=cache).logits]
+        logits += [compiled(ids[:, i : i + 1], past_key_values=cache).logits for i in range(30, 40)]
+        torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=3e-4, rtol=1e-4)
+    assert counter.frame_count == 2
+
+
+def fill_two_layers(config, places, asked):
+    """A cache whose first layer has its keys on one device, its second on another; two updates of either."""
+    cache = PreallocatedCache(config, 16, device=asked)
+    shape = (1, config.num_key_value_heads, 3, config.head_dim)
+    for layer, place in enumerate(places):
+        for number in (1, 2):
+            new = torch.full(shape, float(number), device=place)
+            keys, values = cache.update(new, -new, layer)
+        assert keys.shape == values.shape == (1, config.num_key_value_heads, 6, config.head_dim)
+        assert keys.device == values.device == torch.device(place)
+        assert cache.layers[layer].keys.device == torch.device(asked or place)
+        yield keys, values
+
+
+def test_each_layer_is_where_its_keys_are():
+    """The second device is PyTorch's one for shapes without numbers."""
+    assert len(list(fill_two_layers(tiny_llama().config, ("cpu", "meta"), None))) == 2
+
+
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.gpu
+@needs_a_gpu
+@pytest.mark.parametrize("asked", [None, "cpu", "cuda:0"])
+def test_layers_on_two_devices(asked):
+    for keys, values in fill_two_layers(tiny_llama().config, ("cpu", "cuda:0"), asked):
+        assert keys[0, 0, :, 0].tolist() == [1, 1, 1, 2, 2, 2]
+        assert torch.equal(values, -keys)
+
+
+@pytest.mark.gpu
+@needs_a_gpu
+@torch.no_grad()
+def test_layers_that_do_not_run_wait_on_the_cpu():
+    model, ids = tiny_llama(num_hidden_layers=6).cuda(), random_ids(2, 20).cuda()
+    expected = model.generate(ids, max_new_tokens=25, do_sample=False)
+    cache = PreallocatedCache(model.config, 50, offloading=True)
+    written = model.generate(ids, past_key_values=cache, max_new_tokens=25, do_sample=False)
+    assert torch.equal(written, expected)
+    assert [layer.keys.device.type for layer in cache.layers].count("cuda") <= 2  # the next one, and the last
 
 
 def test_gradients_stay_out_of_the_cache():

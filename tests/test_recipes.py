@@ -111,7 +111,7 @@ def test_changes_and_mistakes_are_named(tmp_path):
     alone.append("training.per_device_train_batch_size=1")
     read_config(recipe, alone)
     with pytest.raises(LongpatchError, match=r"needs training.per_device_eval_batch_size=1"):
-        read_config(recipe, [*alone, "data.validation=books"])
+        read_config(recipe, [*alone, "training.per_device_eval_batch_size=2"])
     for change, reason in (
         ("rope={method: linear}", "rope.method='linear' needs a factor or a target_length"),
         ("rope={method: longrope, factor: 4, long_factor: [a]}", r"rope.long_factor=\['a'\]"),
@@ -122,6 +122,10 @@ def test_changes_and_mistakes_are_named(tmp_path):
             read_config(recipe, [change])
     stretched = read_config(recipe, ["rope={method: longrope, target_length: 1024, long_factor: [1, 2.5]}"]).rope
     assert stretched.arguments() == {"method": "longrope", "target_length": 1024, "long_factor": [1, 2.5]}
+    half = ["model.dtype=bfloat16", "model.quantization=none"]
+    read_config(recipe, [*half, "training.bf16=true"])
+    with pytest.raises(LongpatchError, match=r"learn in float32, beside model.dtype='bfloat16' only with training"):
+        read_config(recipe, half)
     for method in ("dynamic", "longrope"):
         with pytest.raises(LongpatchError, match=f"caches keys, which rope.method='{method}' outdates"):
             read_config(recipe, [*alone, f"rope={{method: {method}, factor: 4}}"])

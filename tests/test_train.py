@@ -20,7 +20,7 @@ from longpatch.demo import load
 from longpatch.finetune import read_config, train
 from longpatch.finetune.run import last_checkpoint
 from longpatch.models import load_model
-from tests.processes import environment
+from tests.processes import ACCELERATE, environment
 from tests.tiny import tiny_llama
 
 WORDS = "It was a dark and stormy night, and the rain fell in torrents on the roofs of the town. "
@@ -186,10 +186,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(folder):
 def test_two_processes_have_the_losses_of_one(folder):
     two = write_config(folder, "two", batch=1, lora={"dropout": 0.0})
     one = write_config(folder, "one", batch=2, lora={"dropout": 0.0})
-    # accelerate starts several processes only with --multi_gpu; that they compute on the CPU is in the configuration.
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "longpatch.cli"]
-    process = longpatch_train(two, launcher=launch)
+    process = longpatch_train(two, launcher=[*ACCELERATE, "-m", "longpatch.cli"])
     train(read_config(one))
     finished(process)
     torch.testing.assert_close(losses(folder / "two"), losses(folder / "one"), atol=1e-5, rtol=0)

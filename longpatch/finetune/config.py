@@ -57,7 +57,7 @@ class TrainConfig:
             training = {name: _as_meant(name, value) for name, value in training.items()}
         reasons += training_reasons(training)
         if not reasons:
-            reasons += _contradictions(built["model"], built["data"], built["rope"], training)
+            reasons += _contradictions(**built, training=training)
         if reasons:
             raise LongpatchError(CALL, reasons, f"the sections {', '.join(sorted(known))}; see docs/extending.md")
         return cls(**built, training=training, output=str(output))
@@ -114,8 +114,16 @@ def _section(name: str, section: type, values: Any, reasons: list[str]) -> Any:
     return built
 
 
-def _contradictions(model: ModelSection, data: DataSection, rope: RopeSection, training: dict[str, Any]) -> list[str]:
+def _contradictions(
+    model: ModelSection, data: DataSection, rope: RopeSection, lora: LoraSection, training: dict[str, Any]
+) -> list[str]:
     reasons = []
+    plain = model.quantization == "none" and model.dtype != "float32"
+    if plain and (lora.embeddings or lora.norms) and not (training.get("bf16") or training.get("fp16")):
+        reasons.append(
+            f"lora.embeddings and lora.norms learn in float32, beside model.dtype={model.dtype!r} "
+            "only with training.bf16 or training.fp16"
+        )
     if not data.prompt_grad:
         if training.get("gradient_checkpointing"):
             reasons.append("data.prompt_grad=false caches the prompt, which gradient_checkpointing forbids")
@@ -125,10 +133,14 @@ def _contradictions(model: ModelSection, data: DataSection, rope: RopeSection, t
             reasons.append(f"data.prompt_grad=false caches keys, which rope.method={rope.method!r} outdates")
         if data.pack:
             reasons.append("data.prompt_grad=false needs rows of their own: data.pack=false")
-        stages = {"train": True, "eval": data.validation is not None}
-        for name in [f"per_device_{stage}_batch_size" for stage, used in stages.items() if used]:
-            if training.get(name, 8) != 1:
+        for name, default in (("per_device_train_batch_size", 8), ("per_device_eval_batch_size", 1)):
+            if training.get(name, default) != 1:
                 reasons.append(f"data.prompt_grad=false needs training.{name}=1")
+    measured = training.get("eval_strategy", "no")
+    if data.validation is not None and measured == "no":
+        reasons.append("data.validation is read where training.eval_strategy says when: steps or epoch")
+    if data.validation is None and measured != "no":
+        reasons.append(f"training.eval_strategy={measured!r} needs data.validation")
     if data.streaming and training.get("max_steps", -1) <= 0:
         reasons.append("data.streaming=true needs training.max_steps")
     if data.streaming and training.get("dataloader_num_workers", 0):

@@ -36,9 +36,17 @@ def prepare_model(config: TrainConfig) -> tuple[PeftModel, Any]:
             model, checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
         )
     peft_model: Any = get_peft_model(model, lora_config(model, config.lora))
+    learn_in_float32(peft_model)
     peft_model.config.use_cache = False
     chunk_loss(peft_model, section.loss_chunk, config.data.prompt_grad)
     return peft_model, tokenizer
+
+
+def learn_in_float32(peft_model: Any) -> None:
+    """Embeddings and norms too: a step of the optimiser is less than what 16 bits can tell apart."""
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def lora_config(model: Any, section: LoraSection) -> LoraConfig:

@@ -82,9 +82,12 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         "prediction_loss_only": True,
         "label_names": ["labels"],
         "dataloader_pin_memory": False,
+        "per_device_eval_batch_size": config.training.get("per_device_train_batch_size", 8),
     }
     if config.training.get("gradient_checkpointing"):
         defaults["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    if config.data.streaming:  # each process reads all and takes its own: one that hands out needs rows of one length
+        defaults["accelerator_config"] = {"dispatch_batches": False}
     try:
         return TrainingArguments(output_dir=config.output, remove_unused_columns=False, **(defaults | config.training))
     except (TypeError, ValueError, ImportError) as error:
