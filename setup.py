@@ -35,7 +35,7 @@ setup(
     # kernels/ itself is not a package: transformers would mistake it for the PyPI package of that name.
     packages=[*find_packages(include=["longpatch", "longpatch.*"]), *find_packages("kernels")],
     package_dir={"longpatch_kernels": "kernels/longpatch_kernels"},
-    package_data={"longpatch.demo": ["model/*"], "longpatch_kernels.native": ["*.cpp"]},
+    package_data={"longpatch.demo": ["model/*"], "longpatch_kernels.native": ["*.cpp", "*.h"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17,<6",

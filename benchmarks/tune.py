@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu import backward_of, cuda_seconds, tensors, time_calls
+from benchmarks.cuda import backward_of, cuda_seconds, tensors, time_calls
 from benchmarks.roofline import Shape
 from longpatch_kernels import lambda_attention
 from longpatch_kernels.triton import tuning

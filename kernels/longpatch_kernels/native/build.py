@@ -1,4 +1,4 @@
-"""Compiling `kernel.cpp` for this machine: once, on first use, into the user's cache folder."""
+"""Compiling `kernel.cpp` and its headers for this machine: once, on first use, into the user's cache folder."""
 
 import ctypes
 import functools
@@ -39,7 +39,9 @@ def library() -> ctypes.CDLL | str:
 def _built(compiler: str) -> Path:
     """The shared library's path; its name holds all that it depends on: source, flags, compiler and processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = (SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), compiler, version, _processor())
+    sources = [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]
+    texts = [path.read_text(encoding="utf-8") for path in sources]
+    parts = (*texts, " ".join(FLAGS), compiler, version, _processor())
     path = folder() / f"kernel_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
