@@ -197,6 +197,18 @@ MEASUREMENTS = [
         records="temp_lora_smollm2.jsonl",
     ),
     Measurement(
+        "temp-lora-smollm2-paper",
+        "Temp-LoRA, SmolLM2-135M, at the paper's setting",
+        "longpatch eval temp-lora smollm2 BOOKS/5274.txt BOOKS/51355.txt --tokens 50000"
+        " --local-branch 2048 --global-branch 10 --chunk-tokens 1024 --context-tokens 1024"
+        " --rank 64 --dropout 0.05 --learning-rate 5e-5 --epochs 2"
+        " --out benchmarks/results/temp_lora_paper.jsonl",
+        text="The same text, with the settings that Temp-LoRA's authors chose for models of billions of parameters.",
+        metrics=("perplexity",),
+        hidden=("learn", "cache_reuse_chunks", "fresh_base"),
+        records="temp_lora_paper.jsonl",
+    ),
+    Measurement(
         "extension",
         "Context extension by training",
         "longpatch train examples/recipes/cpu-demo.yaml --set data.train=BOOKS\n"
