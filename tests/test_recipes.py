@@ -81,6 +81,7 @@ def test_a_recipe_has_its_sources_values(name, monkeypatch):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_trainer_takes_a_recipe(name, tmp_path):
     changes = [f"output={tmp_path}", "training.use_cpu=true", "training.bf16=false", "training.fp16=false"]
+    changes.append("model.dtype=float32")
     config = read_config(RECIPES[name], changes)
     arguments = training_arguments(config)
     for key, value in config.training.items():
