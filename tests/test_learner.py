@@ -23,25 +23,34 @@ ATTENTIONS = {
 }
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-def test_what_learns_beside_16_bits_is_in_float32(attention, folder):
-    """Also embeddings and norms, whose steps 16 bits would round away."""
+@pytest.mark.parametrize(
+    ("attention", "quantization"), [*((name, "none") for name in ATTENTIONS), ("full", "nf4"), ("full", "int8")]
+)
+def test_what_learns_beside_16_bits_is_in_float32(attention, quantization, folder):
+    """Also embeddings and norms, whose steps 16 bits would round away; between layers there are 16 bits."""
+    if quantization != "none":
+        pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
     config = read_config(
         write_config(
             folder,
-            attention,
-            model=ATTENTIONS[attention] | {"dtype": "bfloat16"},
+            f"{attention}-{quantization}",
+            model=ATTENTIONS[attention] | {"dtype": "bfloat16", "quantization": quantization},
             lora={"embeddings": True, "norms": True},
             training={"bf16": True},
         )
     )
     model, _ = prepare_model(config)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    resting = {p.dtype for p in model.parameters() if not p.requires_grad}
+    assert resting - {torch.uint8, torch.int8} == {torch.bfloat16}
+    between = []
+    for layer in model.get_base_model().base_model.layers:
+        layer.register_forward_hook(lambda module, inputs, output: between.extend([inputs[0].dtype, output.dtype]))
     ids = random_ids(1, 60)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model.train()(input_ids=ids, labels=ids).loss
     loss.backward()
+    assert between == 4 * [torch.bfloat16]
     full = [p for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name]
     assert len(full) == 6
     assert all(p.grad.any() for p in full)

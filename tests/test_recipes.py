@@ -81,6 +81,7 @@ def test_a_recipe_has_its_sources_values(name, monkeypatch):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_trainer_takes_a_recipe(name, tmp_path):
     changes = [f"output={tmp_path}", "training.use_cpu=true", "training.bf16=false", "training.fp16=false"]
+    changes.append("model.dtype=float32")
     config = read_config(RECIPES[name], changes)
     arguments = training_arguments(config)
     for key, value in config.training.items():
@@ -122,10 +123,11 @@ def test_changes_and_mistakes_are_named(tmp_path):
             read_config(recipe, [change])
     stretched = read_config(recipe, ["rope={method: longrope, target_length: 1024, long_factor: [1, 2.5]}"]).rope
     assert stretched.arguments() == {"method": "longrope", "target_length": 1024, "long_factor": [1, 2.5]}
-    half = ["model.dtype=bfloat16", "model.quantization=none"]
-    read_config(recipe, [*half, "training.bf16=true"])
-    with pytest.raises(LongpatchError, match=r"learn in float32, beside model.dtype='bfloat16' only with training"):
-        read_config(recipe, half)
+    for quantization in ("none", "nf4"):
+        half = ["model.dtype=bfloat16", f"model.quantization={quantization}"]
+        read_config(recipe, [*half, "training.bf16=true"])
+        with pytest.raises(LongpatchError, match=r"learn in float32, beside model.dtype='bfloat16' only with training"):
+            read_config(recipe, half)
     for method in ("dynamic", "longrope"):
         with pytest.raises(LongpatchError, match=f"caches keys, which rope.method='{method}' outdates"):
             read_config(recipe, [*alone, f"rope={{method: {method}, factor: 4}}"])

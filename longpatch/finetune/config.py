@@ -118,8 +118,8 @@ def _contradictions(
     model: ModelSection, data: DataSection, rope: RopeSection, lora: LoraSection, training: dict[str, Any]
 ) -> list[str]:
     reasons = []
-    plain = model.quantization == "none" and model.dtype != "float32"
-    if plain and (lora.embeddings or lora.norms) and not (training.get("bf16") or training.get("fp16")):
+    half = model.dtype != "float32"
+    if half and (lora.embeddings or lora.norms) and not (training.get("bf16") or training.get("fp16")):
         reasons.append(
             f"lora.embeddings and lora.norms learn in float32, beside model.dtype={model.dtype!r} "
             "only with training.bf16 or training.fp16"

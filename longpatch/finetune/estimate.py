@@ -49,9 +49,9 @@ def estimate(config: TrainConfig, lengths: list[int] | None = None) -> list[Esti
     shape = model_shape(config.model.name)
     quantised, other = _count(shape, config.model.quantization)
     mixed = mixed_dtype(config)
-    compute = mixed.itemsize if mixed else _bytes(config.model.dtype)
-    linear = {"nf4": NF4_BYTES, "int8": 1.0, "none": _bytes(config.model.dtype)}[config.model.quantization]
-    plain = 4 if config.model.quantization != "none" else _bytes(config.model.dtype)  # peft keeps them in float32
+    plain = _bytes(config.model.dtype)
+    compute = mixed.itemsize if mixed else plain
+    linear = {"nf4": NF4_BYTES, "int8": 1.0, "none": plain}[config.model.quantization]
     weights = quantised * linear + other * plain
     batch = config.training.get("per_device_train_batch_size", 8)
     learned_numbers, kept, layer = _probe(shape, config, mixed)
@@ -147,7 +147,8 @@ def _probe(shape: Any, config: TrainConfig, mixed: torch.dtype | None) -> tuple[
 def _learner(shape: Any, config: TrainConfig) -> Any:
     """The model as `prepare_model` makes it, as far as memory goes."""
     quantised = config.model.quantization != "none"
-    model = _empty(shape, torch.float32 if quantised else getattr(torch, config.model.dtype))
+    dtype = getattr(torch, config.model.dtype)
+    model = _empty(shape, dtype)
     head = model.get_output_embeddings()
     for module in model.modules():
         if quantised and isinstance(module, nn.Linear) and module is not head:
@@ -157,7 +158,7 @@ def _learner(shape: Any, config: TrainConfig) -> Any:
     AttentionInterface.register(NAME, _attend)
     model.set_attn_implementation(NAME)
     peft_model = get_peft_model(model, lora_config(model, config.lora)).to("meta")
-    learn_in_float32(peft_model)
+    learn_in_float32(peft_model, dtype)
     return peft_model.train()
 
 

@@ -1,10 +1,11 @@
 """The model while it learns: quantised base, stretched positions, attention, LoRA, chunked loss."""
 
+from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from torch import nn
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 
 from ..convert import convert_model
 from ..errors import LongpatchError
@@ -30,23 +31,30 @@ def prepare_model(config: TrainConfig) -> tuple[PeftModel, Any]:
         convert_model(model, section.local_branch, section.global_branch)
     elif section.attention == "shifted":
         shift_attention(model, section.group)
-    if section.quantization != "none":
-        checkpointing = bool(config.training.get("gradient_checkpointing"))
-        model = prepare_model_for_kbit_training(
-            model, checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
     peft_model: Any = get_peft_model(model, lora_config(model, config.lora))
-    learn_in_float32(peft_model)
+    learn_in_float32(peft_model, getattr(torch, section.dtype))
     peft_model.config.use_cache = False
     chunk_loss(peft_model, section.loss_chunk, config.data.prompt_grad)
     return peft_model, tokenizer
 
 
-def learn_in_float32(peft_model: Any) -> None:
-    """Embeddings and norms too: a step of the optimiser is less than what 16 bits can tell apart."""
+def learn_in_float32(peft_model: Any, dtype: torch.dtype) -> None:
+    """Embeddings and norms too: a step of the optimiser is less than what 16 bits can tell apart.
+
+    They answer in `dtype` all the same, and so do those that rest: what goes from layer to layer, and is kept at each
+    checkpoint, takes the widest dtype that is added to it, and weights in few bits answer in the dtype they are given.
+    """
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if dtype != torch.float32:
+        for module in peft_model.modules():
+            if is_norm(module) or isinstance(module, nn.Embedding):
+                module.register_forward_hook(partial(_answer_in, dtype))
+
+
+def _answer_in(dtype: torch.dtype, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.to(dtype)
 
 
 def lora_config(model: Any, section: LoraSection) -> LoraConfig:
