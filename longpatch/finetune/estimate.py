@@ -154,7 +154,7 @@ def _learner(shape: Any, config: TrainConfig) -> Any:
         if quantised and isinstance(module, nn.Linear) and module is not head:
             module.forward = partial(_Quantised.apply, module.out_features)
         if "layer_idx" in vars(module):
-            module.keeps_repeated = config.model.attention == "shifted"
+            vars(module)["keeps_repeated"] = config.model.attention == "shifted"
     AttentionInterface.register(NAME, _attend)
     model.set_attn_implementation(NAME)
     peft_model = get_peft_model(model, lora_config(model, config.lora)).to("meta")
