@@ -12,6 +12,11 @@ BY_SINKS = (
     "Published for another model (LM-Infinite), NLL at 16K by number of sinks: 0: 6.43, 1: 1.03, 10: 1.02, 100: 1.02, "
     "1000: 1.81, 2000: 4.96. The tables hold perplexity, which is exp of the NLL."
 )
+SMOLLM2_WALK = (
+    "longpatch eval temp-lora smollm2 BOOKS/5274.txt BOOKS/51355.txt --tokens 50000"
+    " --local-branch 2048 --global-branch 10 --chunk-tokens 1024 --context-tokens 1024"
+)
+WALK = ("learn", "cache_reuse_chunks", "fresh_base")  # settings that the command beside the table says
 STREAM = ("perplexity", "perplexity of all tokens", "cache")
 
 MEMORY = "Published for another model (LM-Infinite, at 32K on an A100): 7.53 times less memory than the original."
@@ -181,31 +186,27 @@ MEASUREMENTS = [
         text="Both read the same text in one pass; each token is scored before any update that saw it.",
         published="Published for another model (Temp-LoRA, Llama-2-7B on PG19): perplexity up to 13.2 % lower.",
         metrics=("perplexity",),
-        hidden=("learn", "cache_reuse_chunks", "fresh_base"),
+        hidden=WALK,
         records="temp_lora_books.jsonl",
     ),
     Measurement(
         "temp-lora-smollm2",
         "Temp-LoRA, SmolLM2-135M",
-        "longpatch eval temp-lora smollm2 BOOKS/5274.txt BOOKS/51355.txt --tokens 50000"
-        " --local-branch 2048 --global-branch 10 --chunk-tokens 1024 --context-tokens 1024"
-        " --rank 32 --dropout 0 --learning-rate 2e-3 --epochs 1 --no-context-grad"
+        f"{SMOLLM2_WALK} --rank 32 --dropout 0 --learning-rate 2e-3 --epochs 1 --no-context-grad"
         " --out benchmarks/results/temp_lora_smollm2.jsonl",
         text="The first 50,000 tokens of two books. [More](temp-lora.md).",
         metrics=("perplexity",),
-        hidden=("learn", "cache_reuse_chunks", "fresh_base"),
+        hidden=WALK,
         records="temp_lora_smollm2.jsonl",
     ),
     Measurement(
         "temp-lora-smollm2-paper",
         "Temp-LoRA, SmolLM2-135M, at the paper's setting",
-        "longpatch eval temp-lora smollm2 BOOKS/5274.txt BOOKS/51355.txt --tokens 50000"
-        " --local-branch 2048 --global-branch 10 --chunk-tokens 1024 --context-tokens 1024"
-        " --rank 64 --dropout 0.05 --learning-rate 5e-5 --epochs 2"
+        f"{SMOLLM2_WALK} --rank 64 --dropout 0.05 --learning-rate 5e-5 --epochs 2"
         " --out benchmarks/results/temp_lora_paper.jsonl",
         text="The same text, with the settings that Temp-LoRA's authors chose for models of billions of parameters.",
         metrics=("perplexity",),
-        hidden=("learn", "cache_reuse_chunks", "fresh_base"),
+        hidden=WALK,
         records="temp_lora_paper.jsonl",
     ),
     Measurement(

@@ -39,7 +39,6 @@ def test_the_command_prints_a_line_for_each_length(capsys):
 
 MIXED = ["training.bf16=true", "model.dtype=bfloat16", "model.loss_chunk=64"]
 CHECKPOINTS = "training.gradient_checkpointing=true"
-CHECKPOINTS = "training.gradient_checkpointing=true"
 CASES = [
     pytest.param(2048, [], id="shifted"),
     pytest.param(2048, ["model.attention=full"], id="full"),

@@ -31,9 +31,7 @@ def autocasts(device: torch.device) -> bool:
 
 
 def autocast(query: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in autocast's dtype where it is on, as PyTorch's own attention takes them."""
-    if not autocasts(query.device):
-        return query, *others
+    """The tensors in the dtype of the autocast that is on, as PyTorch's own attention takes them."""
     dtype = torch.get_autocast_dtype(query.device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (query, *others))
 

@@ -135,22 +135,25 @@ def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(
-    x: LambdaInputs,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    names: Sequence[str] = PARTS,
+def backward(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+    """Gradients of the inputs, the scores computed anew from `lse`."""
+    return gradients_of(x, lse, grad_out, correction_of(out, lse, grad_out, grad_lse))
+
+
+def correction_of(out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """What the gradient of a weight is less by, whatever the key: sum of dO * O, less dlse; [B, Hq, n]."""
+    total = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1)
+    return total if grad_lse is None else total - grad_lse
+
+
+def gradients_of(
+    x: LambdaInputs, lse: Tensor, grad_out: Tensor, correction: Tensor, names: Sequence[str] = PARTS
 ) -> Gradients:
-    """Gradients of the inputs, the scores computed anew from `lse`; None for a part that is not named."""
+    """Gradients of the inputs; None for a part that is not named."""
     ordered = _ordered(x)
     dtype = lse.dtype
     tensors = {"window": x.tensors[:3], "far": x.tensors[3:]}
     grads = {name: [torch.zeros_like(t, dtype=dtype) for t in tensors[name] if t is not None] for name in names}
-    correction = (grad_out.to(dtype) * out.to(dtype)).sum(dim=-1)
-    if grad_lse is not None:
-        correction = correction - grad_lse
     shift = lse.masked_fill(lse.isneginf(), 0.0)
     for block in _blocks(ordered, names):
         block_grad, block_correction = block.grouped(grad_out), block.grouped(correction)

@@ -132,15 +132,15 @@ def gradients(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None
         return blocked.gradients(x, out, lse, grad_out, grad_lse)  # whose own gradients are known
     ordered = x.in_time_order()
     grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x.query, x.key, x.value)]
-    correction = (grad_out * out).sum(dim=-1)
+    correction = general.correction_of(out, lse, grad_out, grad_lse)
     kept = _Kept()
     found = _Gradients(
         out=kept.rows(grad_out),
         **{name: kept.rows(grad) for name, grad in zip(("query", "key", "value"), grads, strict=True)},
         shift=kept.numbers(lse.masked_fill(lse.isneginf(), torch.inf), torch.float32),
-        correction=kept.numbers(correction if grad_lse is None else correction - grad_lse, torch.float32),
+        correction=kept.numbers(correction, torch.float32),
     )
     if out.numel():
         _run("backward", torch.float32, kept.call(ordered), found)
-    far = (None,) * 3 if x.far is None else general.backward(ordered, out, lse, grad_out, grad_lse, ("far",))[3:]
+    far = (None,) * 3 if x.far is None else general.gradients_of(ordered, lse, grad_out, correction, ("far",))[3:]
     return x.as_stored((*grads, *far))

@@ -20,9 +20,7 @@ struct Backward {
     }
 
     void chunk(Index b, Index key_head, Index begin, Index end) {
-        Index dim = c.dim, stop = c.offset() + end;
-        Index first = std::max(c.valid(b), c.offset() + begin - c.window + 1);
-        first = std::min(std::max<Index>(first, 0), stop);
+        Index dim = c.dim, stop = c.offset() + end, first = c.first_key(b, begin, stop);
         for (auto* panels : {&key_panels, &value_panels}) panels->resize((stop - first + PANEL) * dim);
         for (auto* sums : {&key_sums, &value_sums}) sums->assign((stop - first + PANEL) * dim, 0.0f);
         const float* key = row_of<float>(c.key, b, key_head, first);
@@ -102,14 +100,5 @@ struct Backward {
 
 static void backward(const Call& c, const Gradients& g) {
     Index size = (std::max(LEAST_CHUNK, c.window) + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
-    Index heads = c.batch * c.key_heads, chunks = (c.queries + size - 1) / size;
-#pragma omp parallel num_threads(c.threads)
-    {
-        Backward worker(c, g);
-#pragma omp for schedule(dynamic, 1)
-        for (Index item = 0; item < heads * chunks; item++) {
-            Index begin = item % chunks * size, head = item / chunks;
-            worker.chunk(head / c.key_heads, head % c.key_heads, begin, std::min(begin + size, c.queries));
-        }
-    }
+    for_chunks(c, size, [&] { return Backward(c, g); });
 }

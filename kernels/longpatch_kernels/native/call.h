@@ -18,6 +18,10 @@ struct Call {
     Index group() const { return heads / key_heads; }
     Index offset() const { return keys - queries; }  // position of the first query
     Index valid(Index b) const { return first_valid ? std::max<Index>(0, first_valid[b]) : 0; }
+    // The oldest key that queries [begin, ...) see, at most `stop`
+    Index first_key(Index b, Index begin, Index stop) const {
+        return std::min(std::max(valid(b), offset() + begin - window + 1), stop);
+    }
     const Index* far_of(Index b) const { return far_positions + b * far_positions_batch; }
 };
 
@@ -34,3 +38,17 @@ template <class T> static inline T* row_of(const Rows& x, Index b, Index head, I
 
 constexpr Index BLOCK_ROWS = 48, BLOCK_KEYS = 128;  // query rows, and keys, whose scores exist at one time
 constexpr Index LEAST_CHUNK = 1024;  // queries that share one packing of their keys, at least
+
+// `worker().chunk(b, key head, begin, end)` for chunks of `size` queries of every key head, shared out among threads
+template <class Make> static void for_chunks(const Call& c, Index size, Make worker) {
+    Index heads = c.batch * c.key_heads, chunks = (c.queries + size - 1) / size;
+#pragma omp parallel num_threads(c.threads)
+    {
+        auto mine = worker();
+#pragma omp for schedule(dynamic, 1)
+        for (Index item = 0; item < heads * chunks; item++) {
+            Index begin = item % chunks * size, head = item / chunks;
+            mine.chunk(head / c.key_heads, head % c.key_heads, begin, std::min(begin + size, c.queries));
+        }
+    }
+}

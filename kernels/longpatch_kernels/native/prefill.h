@@ -25,9 +25,7 @@ template <class T> struct Prefill {
 
     // Queries [begin, end) of every head that shares one key head
     void chunk(Index b, Index key_head, Index begin, Index end) {
-        Index dim = c.dim, first = std::max(c.valid(b), c.offset() + begin - c.window + 1);
-        Index stop = c.offset() + end, stride = 0, far_stride = 0;
-        first = std::min(std::max<Index>(first, 0), stop);
+        Index dim = c.dim, stop = c.offset() + end, first = c.first_key(b, begin, stop), stride = 0, far_stride = 0;
         panels.resize((stop - first + PANEL) * dim);
         pack(row_of<T>(c.key, b, key_head, first), stop - first, dim, c.key.row, panels.data());
         if (sizeof(T) != sizeof(float)) values.resize((stop - first) * dim);
@@ -118,15 +116,5 @@ template <class T> static void prefill(const Call& c) {
         Index wanted = (4 * c.threads + heads - 1) / heads;
         size = std::min(size, std::max(SMALLEST_CHUNK, (c.queries + wanted - 1) / wanted));
     }
-    size = size / BLOCK_ROWS * BLOCK_ROWS;
-    Index chunks = (c.queries + size - 1) / size;
-#pragma omp parallel num_threads(c.threads)
-    {
-        Prefill<T> worker(c);
-#pragma omp for schedule(dynamic, 1)
-        for (Index item = 0; item < heads * chunks; item++) {
-            Index begin = item % chunks * size, head = item / chunks;
-            worker.chunk(head / c.key_heads, head % c.key_heads, begin, std::min(begin + size, c.queries));
-        }
-    }
+    for_chunks(c, size / BLOCK_ROWS * BLOCK_ROWS, [&] { return Prefill<T>(c); });
 }
