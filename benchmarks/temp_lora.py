@@ -5,16 +5,19 @@
     python -m benchmarks.temp_lora BOOK.txt models --out FILE    the model as it is, converted, interpolated
     python -m benchmarks.temp_lora BOOK.txt cheaper --out FILE   caches kept, queries alone, a detached context
 
-The model is the one in the package. Rows that FILE already holds are not run again. Operations are counted by PyTorch
-over one chunk in the middle: matrix products, and attention where PyTorch computes it, which in a converted model it
-mostly does not. Seconds are of the processor, shared out as wall time was; peak memory is of the whole process, with
-what earlier rows left in it.
+The model is the one in the package. Rows that FILE already holds are not run again. Each other row has a process of its
+own: its peak memory is counted while the base alone reads eight chunks, then over the whole walk. Operations are
+counted by PyTorch over one chunk in the middle: matrix products, and attention, which is computed by `blocked` for
+this, as PyTorch cannot see into the native kernel (blocks at the window's edge are counted whole). Seconds are of the
+processor, shared out as wall time was.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -49,11 +52,13 @@ class Row:
     window: int | None = 256
     factor: float | None = None
 
-    def model(self):
+    def model(self, implementation: str = "auto"):
         model, tokenizer = load()
         if self.factor is not None:
             model = interpolate_rope(model, method="ntk", factor=self.factor)
-        return model if self.window is None else convert_model(model, self.window, 4), tokenizer
+        if self.window is not None:
+            model = convert_model(model, self.window, 4, implementation=implementation)
+        return model, tokenizer
 
 
 def learning(**changes) -> Walk:
@@ -121,7 +126,7 @@ def operations(model, ids: torch.Tensor, walk: Walk) -> dict[str, int]:
     """Floating-point operations of one chunk of each arm, far enough in that every context is full."""
     chunk = walk.chunk_tokens
     start = chunk * -(-max(walk.context_tokens, 256) // chunk)
-    readers = {BASE: Reader(model, walk.context_tokens, 1 if walk.fresh_base else None)}
+    readers = {BASE: base_reader(model, walk)}
     if walk.learning_scores is None:
         readers["score"] = Reader(model, walk.context_tokens, walk.cache_reuse_chunks)
     spent = {}
@@ -138,16 +143,30 @@ def operations(model, ids: torch.Tensor, walk: Walk) -> dict[str, int]:
     return spent
 
 
+def base_reader(model, walk: Walk) -> Reader:
+    return Reader(model, walk.context_tokens, 1 if walk.fresh_base else None)
+
+
+def peak_of_base(model, ids: torch.Tensor, walk: Walk) -> int:
+    """Bytes held at most while the base alone reads eight chunks."""
+    reader = base_reader(model, walk)
+    reset_peak()
+    for start in range(0, 8 * walk.chunk_tokens, walk.chunk_tokens):
+        reader.score(ids, start, start + walk.chunk_tokens)
+    return peak_bytes()
+
+
 def measure(table: str, row: Row, text: Path, tokens: int) -> list[dict]:
     model, tokenizer = row.model()
     ids = encoded(text, tokens, tokenizer)
-    per_chunk = operations(model, ids, row.walk)
+    base_peak = peak_of_base(model, ids, row.walk)
     reset_peak()
     began, document = time.process_time(), None
     for document in walk_document(model, ids, row.walk):  # noqa: B007
         pass
     assert document is not None
-    used, wall = time.process_time() - began, sum(document.seconds.values())
+    used, wall, peak = time.process_time() - began, sum(document.seconds.values()), peak_bytes()
+    per_chunk = operations(row.model("blocked")[0], ids, row.walk)
     nll = {arm: torch.cat(chunks)[1:].double() for arm, chunks in document.nll.items()}
     settings = {"table": table, "row": row.name, "text": text.name, "tokens": tokens}
     settings |= {"window": row.window, "factor": row.factor, "walk": asdict(row.walk)}
@@ -162,7 +181,8 @@ def measure(table: str, row: Row, text: Path, tokens: int) -> list[dict]:
     for part, seconds in document.seconds.items():
         lines.append(line("time", 1e3 * used * seconds / wall / len(ids), "ms/token", part=part))
     lines += [line("operations", n / row.walk.chunk_tokens, "1/token", part=part) for part, n in per_chunk.items()]
-    return [*lines, line("peak_memory", peak_bytes() / 2**20, "MiB")]
+    peaks = {BASE: base_peak, "walk": peak}
+    return [*lines, *(line("peak_memory", size / 2**20, "MiB", part=part) for part, size in peaks.items())]
 
 
 def summary(lines: list[dict]) -> str:
@@ -179,8 +199,8 @@ def summary(lines: list[dict]) -> str:
             parts[line["settings"]["part"]][line["metric"] == "operations"] = line["value"]
     costs = "  ".join(f"{part} {ms:.2f} ms {flops / 1e6:.0f} MFLOP" for part, (ms, flops) in parts.items())
     name = lines[0]["settings"]["row"]
-    gain, peak = 1 - lora / base, values("peak_memory")[0]
-    return f"{name:<32}{base:8.2f}{lora:8.2f}{gain:8.1%}   {thirds}   {costs}  {peak:.0f} MiB"
+    gain, peaks = 1 - lora / base, ", ".join(f"{peak:.0f}" for peak in values("peak_memory"))
+    return f"{name:<32}{base:8.2f}{lora:8.2f}{gain:8.1%}   {thirds}   {costs}  {peaks} MiB"
 
 
 def main() -> None:
@@ -199,7 +219,8 @@ def main() -> None:
                 line for line in done if line["settings"]["table"] == table and line["settings"]["row"] == row.name
             ]
             if not found:
-                found = measure(table, row, arguments.text, arguments.tokens)
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                    found = process.submit(measure, table, row, arguments.text, arguments.tokens).result()
                 done += found
                 write_records(arguments.out, done)
             print(summary(found), flush=True)
