@@ -7,6 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from longpatch_kernels import not_supported_reasons
+
 from .config import LambdaConfig
 from .decode import Decode
 from .errors import LongpatchError
@@ -235,6 +237,7 @@ class LambdaCache(Cache):
     """
 
     layers: list[LambdaLayer]
+    many_keys = 2048  # of all rows: from here on a decode step gains more by `lambda_attention` than it takes to call
 
     def __init__(self, config: PreTrainedConfig, offloading: bool = False, static: bool = False):
         marker = getattr(config, "longpatch", None)
@@ -278,8 +281,13 @@ class LambdaCache(Cache):
 
     def decodes(self, rotary: ExactRotary, positions: Tensor, past, written: int, first_valid) -> list[Decode]:
         """What the short way of the next token needs, for each kind of layer."""
-        dtype = self.layers[0].dtype
-        return [Decode.create(kind, rotary, positions, past, written, first_valid, dtype) for kind in self.kinds]
+        layer = self.layers[0]
+        held, many = layer.values, torch.inf
+        if not self.static and not not_supported_reasons("native", held[:, :, :1], held, held, window=1):
+            many = self.many_keys / len(held)
+        return [
+            Decode.create(kind, rotary, positions, past, written, first_valid, layer.dtype, many) for kind in self.kinds
+        ]
 
     def memories(self) -> list[Memory]:
         """What the layers that recall remember."""

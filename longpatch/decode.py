@@ -6,10 +6,13 @@ a row it is cheaper to turn the few sinks than to score two segments and merge t
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from longpatch_kernels import lambda_attention
 
 from .config import LambdaConfig
 from .rope import ExactRotary
@@ -28,6 +31,7 @@ class Decode:
     bias: Tensor | None  # [1 or B, 1, 1, sinks + held], 0 or -inf; None: everything that is read is seen
     cos: Tensor | None  # [1 or B, 1, 1, rotary_dim], of R(position - distance), for the sinks; None if there are none
     sin: Tensor | None
+    options: dict[str, Any] | None = None  # of `lambda_attention`, where it is the faster way
 
     @classmethod
     def create(
@@ -39,8 +43,12 @@ class Decode:
         written: int,
         first_valid: Tensor | None,
         dtype: torch.dtype,
+        many_keys: float = torch.inf,
     ) -> "Decode":
-        """`positions` [1 or B, 1]; `written` is the most tokens the ring has held, unused where `past` is a tensor."""
+        """`positions` [1 or B, 1]; `written` is the most tokens the ring has held, unused where `past` is a tensor.
+
+        A row that reads `many_keys` reads them by `lambda_attention`.
+        """
         window, ring = config.local_branch, config.local_branch + config.slack
         if isinstance(past, Tensor):
             held, sinks = ring, config.global_branch
@@ -52,10 +60,13 @@ class Decode:
                 bias = _any_bias(config, past, held, sinks, first_valid, dtype, positions.device)
             else:
                 bias = _plain_bias(config, past, held, sinks, dtype, positions.device)
+        options = None
+        if not isinstance(past, Tensor) and held >= many_keys:
+            options = _options(config, past, held, sinks, first_valid, positions.device)
         if not sinks:
-            return cls(past % ring, held, sinks, bias, None, None)
+            return cls(past % ring, held, sinks, bias, None, None, options)
         phase = rotary.phase(positions[:, None] - config.distance)
-        return cls(past % ring, held, sinks, bias, phase.cos, phase.sin)
+        return cls(past % ring, held, sinks, bias, phase.cos, phase.sin, options)
 
     def attend(
         self,
@@ -70,6 +81,8 @@ class Decode:
 
         `softcap` and learned `sink_logits` [Hq] as in `attention.attend`.
         """
+        if self.options is not None and softcap is None and sink_logits is None and query.device.type == "cpu":
+            return self._attend(query, key, value, scale).transpose(1, 2)
         batch, heads, _, dim = query.shape
         grouped = query.reshape(batch, key.shape[1], -1, dim)  # heads that share a key head are rows of one matrix
         if softcap is None and sink_logits is None:
@@ -86,10 +99,31 @@ class Decode:
             out = scores.softmax(dim=-1)[..., : key.shape[2]] @ value
         return out.reshape(batch, 1, heads, dim)
 
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """The same by `lambda_attention`, [B, Hq, 1, d]: the sinks are far keys, turned to where they are seen."""
+        assert self.options is not None
+        far, sinks = {}, self.sinks
+        if sinks:
+            far = {"query_far": query, "key_far": key[:, :, :sinks], "value_far": value[:, :, :sinks]}
+            key, value = key[:, :, sinks:], value[:, :, sinks:]
+        return lambda_attention(query, key, value, scale=scale, **far, **self.options)[0]
+
     def to(self, device, non_blocking: bool = False) -> "Decode":
         """The same on another device, as `Step.to`."""
         tensors = {name: part for name, part in vars(self).items() if isinstance(part, Tensor)}
         return replace(self, **{name: part.to(device, non_blocking=non_blocking) for name, part in tensors.items()})
+
+
+def _options(config: LambdaConfig, past: int, held: int, sinks: int, first_valid, device) -> dict[str, Any]:
+    """Of `lambda_attention` over the ring, whose positions count from the oldest entry."""
+    ring, oldest = config.local_branch + config.slack, past + 1 - held
+    options: dict[str, Any] = {"window": config.local_branch, "ring_start": (past + 1) % ring if held == ring else 0}
+    if first_valid is not None:
+        options["first_valid"] = first_valid - oldest
+    if sinks:
+        positions = torch.arange(-oldest, sinks - oldest, device=device)
+        options["far_positions"] = positions if first_valid is None else first_valid[:, None] + positions
+    return options
 
 
 def _any_bias(config: LambdaConfig, past: int | Tensor, held: int, sinks: int, first_valid, dtype, device) -> Tensor:

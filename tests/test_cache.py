@@ -3,12 +3,13 @@
 import pytest
 import torch
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from longpatch import LambdaCache, LongpatchError, convert_llama_model
 from longpatch.evaluation.perplexity import cache_bytes
+from longpatch_kernels import lambda_attention
 from tests.tiny import VOCABULARY, random_ids, read_in_chunks, tiny_llama
 
 WINDOW, SINKS = 12, 3
@@ -18,13 +19,20 @@ def converted(**settings):
     return convert_llama_model(tiny_llama(**settings), WINDOW, SINKS, slack=8)
 
 
+@pytest.fixture(params=[LambdaCache.many_keys, 1], ids=["few keys", "many keys"])
+def many_keys(request, monkeypatch):
+    """Decode steps by either attention, and whether it is ours."""
+    monkeypatch.setattr(LambdaCache, "many_keys", request.param)
+    return request.param == 1
+
+
 def close(actual, expected):
     torch.testing.assert_close(actual, expected, atol=3e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sizes", [(100,), (1,), (7,), (8, 9, 10), (50, 1), (3, 40)])
 @torch.no_grad()
-def test_every_way_of_reading_gives_the_same_logits(sizes):
+def test_every_way_of_reading_gives_the_same_logits(sizes, many_keys):
     model, ids = converted(), random_ids(2, 100)
     expected = model(ids, use_cache=False).logits
     actual, cache = read_in_chunks(model, ids, sizes)
@@ -34,7 +42,21 @@ def test_every_way_of_reading_gives_the_same_logits(sizes):
 
 
 @torch.no_grad()
-def test_left_padded_rows_equal_the_rows_alone():
+def test_many_keys_are_read_by_our_attention(many_keys, monkeypatch):
+    model, calls = converted(), []
+    _, cache = read_in_chunks(model, random_ids(1, 30), (30,))
+
+    def counted(*args, **options):
+        calls.append(options)
+        return lambda_attention(*args, **options)
+
+    monkeypatch.setattr("longpatch.decode.lambda_attention", counted)
+    model(random_ids(1, 1), past_key_values=cache)
+    assert len(calls) == many_keys * model.config.num_hidden_layers
+
+
+@torch.no_grad()
+def test_left_padded_rows_equal_the_rows_alone(many_keys):
     model, ids = converted(), random_ids(3, 80)
     lengths = torch.tensor([80, 61, 5])
     padded = torch.zeros(3, 80, dtype=torch.long)
@@ -182,6 +204,14 @@ class CacheMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.model, self.cache, self.ids, self.seed, self.longest = converted(), None, [], 0, 0
+        self.patch = pytest.MonkeyPatch()
+
+    @initialize(many_keys=st.sampled_from([1, 2048]))
+    def choose_attention(self, many_keys):
+        self.patch.setattr(LambdaCache, "many_keys", many_keys)
+
+    def teardown(self):
+        self.patch.undo()
 
     @rule(count=st.sampled_from([1, 1, 2, 5, 8, 9, 10, 31]))
     @torch.no_grad()

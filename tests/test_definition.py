@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from longpatch import LambdaConfig, convert_llama_model
+from longpatch import LambdaCache, LambdaConfig, convert_llama_model
 from longpatch.attention import attend
 from longpatch.layers import LayerSettings
 from longpatch.rope import ExactRotary, rotate
@@ -26,6 +26,7 @@ SHAPES = st.fixed_dictionaries(
         "head_dim": st.sampled_from([64, 100, 128]),
         "padding": st.lists(st.integers(0, 20), min_size=1, max_size=3),
         "chunks": st.sampled_from([None, (1000,), (7,), (1,), (1, 30, 66)]),
+        "many_keys": st.sampled_from([1, 2048]),
         "seed": st.integers(0, 1000),
     }
 )
@@ -80,7 +81,8 @@ def test_every_layer_follows_the_definition(case):
     ids = random_ids(len(first), count, case["seed"])
     mask = (torch.arange(count) >= first[:, None]).long()
     seen = record_attention(model)
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LambdaCache, "many_keys", case["many_keys"])
         if case["chunks"] is None:
             model(ids, attention_mask=mask, use_cache=False)
         else:
