@@ -106,6 +106,15 @@ MEASUREMENTS = [
         metrics=("cache", "peak_memory"),
     ),
     Measurement(
+        "smollm2-memory",
+        "Memory, SmolLM2-135M",
+        "longpatch eval memory smollm2 --text BOOKS/5274.txt --local-branch 2048 --baseline original"
+        " --lengths 1024,4096,16384 --new-tokens 16",
+        text="Prefill and decode are milliseconds a token, with one thread and nothing else running.",
+        published=MEMORY,
+        metrics=("cache", "peak_memory", "prefill", "decode"),
+    ),
+    Measurement(
         "demo-sinks",
         "NLL by number of sinks, small model",
         "longpatch eval perplexity demo BOOKS/5274.txt --local-branch 256 --global-branch 4"
