@@ -1,5 +1,6 @@
 """The constant-memory cache of a converted model."""
 
+import functools
 from typing import Any
 
 import torch
@@ -87,13 +88,19 @@ class LambdaCache(Cache):
 
     def decodes(self, rotary: ExactRotary, positions: Tensor, past, written: int, first_valid) -> list[Decode]:
         """What the short way of the next token needs, for each kind of layer."""
-        layer = self.layers[0]
-        held, many = layer.values, torch.inf
-        if not self.static and not not_supported_reasons("native", held[:, :, :1], held, held, window=1):
-            many = self.many_keys / len(held)
+        layer, many = self.layers[0], torch.inf
+        rows, most = len(layer.values), max(kind.local_branch + kind.slack for kind in self.kinds)
+        if not self.static and rows * min(past + 1, most) >= self.many_keys and self._has_kernel:
+            many = self.many_keys / rows
         return [
             Decode.create(kind, rotary, positions, past, written, first_valid, layer.dtype, many) for kind in self.kinds
         ]
+
+    @functools.cached_property
+    def _has_kernel(self) -> bool:
+        """Whether our own kernel can read what is held; where it has never been used the question compiles it."""
+        values = self.layers[0].values
+        return not not_supported_reasons("native", values[:, :, :1], values, values, window=1)
 
     def memories(self) -> list[Memory]:
         """What the layers that recall remember."""

@@ -9,7 +9,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from longpatch import LambdaCache, LongpatchError, convert_llama_model
 from longpatch.evaluation.perplexity import cache_bytes
-from longpatch_kernels import lambda_attention
+from longpatch_kernels import lambda_attention, not_supported_reasons
 from tests.tiny import VOCABULARY, random_ids, read_in_chunks, tiny_llama
 
 WINDOW, SINKS = 12, 3
@@ -43,16 +43,24 @@ def test_every_way_of_reading_gives_the_same_logits(sizes, many_keys):
 
 @torch.no_grad()
 def test_many_keys_are_read_by_our_attention(many_keys, monkeypatch):
-    model, calls = converted(), []
+    """And only then is it asked, once, whether its kernel is there: the question may compile it."""
+    model, calls, questions = converted(), [], []
     _, cache = read_in_chunks(model, random_ids(1, 30), (30,))
 
     def counted(*args, **options):
         calls.append(options)
         return lambda_attention(*args, **options)
 
+    def asked(*args, **options):
+        questions.append(options)
+        return not_supported_reasons(*args, **options)
+
     monkeypatch.setattr("longpatch.decode.lambda_attention", counted)
-    model(random_ids(1, 1), past_key_values=cache)
-    assert len(calls) == many_keys * model.config.num_hidden_layers
+    monkeypatch.setattr("longpatch.cache.not_supported_reasons", asked)
+    for _ in range(2):
+        model(random_ids(1, 1), past_key_values=cache)
+    assert len(calls) == 2 * many_keys * model.config.num_hidden_layers
+    assert len(questions) == many_keys
 
 
 @torch.no_grad()
