@@ -146,12 +146,12 @@ def measure_decode(arguments):
             f"{kind:<13}{median:>8.1f} ms a token (p20 {p20:.1f}, p80 {p80:.1f}), {ratio:.2f} times as fast as the "
             f"growing one, {allocations[kind]} allocations of 1 MiB or more a token"
         )
-        for metric, value, unit in (
-            ("latency", median, "ms"),
-            ("speedup", ratio, "1"),
-            ("large_allocations", allocations[kind], "1"),
+        for metric, value, unit, n in (
+            ("latency", median, "ms", count),
+            ("speedup", ratio, "1", count),
+            ("large_allocations", allocations[kind], "1", 1),
         ):
-            yield record(COMMAND, "smollm2-shape", metric, value, unit, count, cache=kind, **shared)
+            yield record(COMMAND, "smollm2-shape", metric, value, unit, n, cache=kind, **shared)
 
 
 PARTS = {"memory": measure_memory, "decode": measure_decode}
