@@ -10,12 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from benchmarks.aot import CHIPS, RESULTS, SHARED_LIMIT, STACK_LIMIT
-from longpatch_kernels.triton import tuning
+from benchmarks.aot import RESULTS, SHARED_LIMIT, STACK_LIMIT, configurations, identity
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,14 +49,20 @@ def test_bfloat16_kernels_fit_the_chip(chip):
             assert (row["tma_loads"] > 0) == (chip == "sm90"), row
 
 
-def test_what_was_recorded_fits_and_can_still_be_chosen():
+def test_every_configuration_that_can_be_chosen_was_compiled_by_both_versions_and_fits():
     rows = json.loads(RESULTS.read_text(encoding="utf-8"))
-    newest = max(row["triton"] for row in rows)
-    check([row for row in rows if row["triton"] == newest])  # what does not fit on 3.6 is named in docs/kernels.md
-    for row in rows:
-        size = getattr(torch, row["dtype"]).itemsize
-        found = tuning.candidates(row["kernel"], CHIPS[row["chip"]][0], size, row["head_dim"])
-        assert tuning.Config(*(row[field] for field in tuning.Config._fields)) in found, row
+    check(rows)
+    wanted = {
+        (chip, kernel, str(dtype).removeprefix("torch."), dim, *config)
+        for chip in ("sm80", "sm90")
+        for kernel, dtype, dim, config in configurations(chip, quick=False)
+    }
+    versions = {row["triton"] for row in rows}
+    assert len(versions) == 2
+    for version in versions:
+        found = {identity(row)[1:] for row in rows if row["triton"] == version}
+        assert {(*about[:4], *about[5:]) for about in found if about[4] == "plain"} == wanted
+        assert {(*about[:4], *about[5:]) for about in found if about[4] == "all rules"} == wanted
 
 
 @pytest.mark.slow

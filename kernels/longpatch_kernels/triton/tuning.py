@@ -78,7 +78,10 @@ _SINGLE = {
     },
 }
 _HALF_AMPERE = {
-    64: _HALF_SMALL[64] | {"forward": [Config(128, 64, 8, 3), Config(64, 64, 4, 3)], "key": [Config(32, 64, 8, 3)]},
+    64: _HALF_SMALL[64] | {
+        "forward": [Config(128, 64, 8, 3), Config(64, 64, 4, 3)],
+        "key": [Config(64, 32, 8, 2), Config(32, 64, 8, 1)],
+    },
     128: _HALF_SMALL[128] | {
         "forward": [Config(128, 32, 8, 3), Config(64, 32, 4, 3)],
         "query": [Config(64, 64, 8, 2), Config(128, 32, 8, 2)],
@@ -91,14 +94,14 @@ _HALF_HOPPER = {
     64: {
         "forward": [Config(128, 128, 8, 3, tma=True), Config(128, 64, 8, 3, tma=True)],
         "query": [Config(128, 64, 8, 2, tma=True)],
-        "key": [Config(64, 128, 8, 2, tma=True), Config(64, 128, 8, 3, tma=True)],
+        "key": [Config(32, 128, 8, 2, tma=True), Config(32, 64, 8, 2, tma=True)],
         "far": [Config(64, 16, 4, 2)],
         "decode": [Config(16, 64, 4, 3), Config(16, 128, 4, 3)],
     },
     128: {
         "forward": [Config(128, 64, 8, 3, tma=True), Config(128, 128, 8, 2, tma=True)],
         "query": [Config(128, 64, 8, 2, tma=True)],
-        "key": [Config(32, 128, 8, 2, tma=True)],
+        "key": [Config(32, 64, 8, 2, tma=True), Config(32, 128, 8, 1, tma=True)],
         "far": [Config(64, 16, 4, 2)],
         "decode": [Config(16, 64, 4, 3), Config(16, 128, 8, 3)],
     },
@@ -110,8 +113,11 @@ _HALF_HOPPER = {
         "decode": [Config(16, 64, 4, 2)],
     },
 }
+# Rows that the copy engine cannot read come through pointers, which need more registers.
+_HALF_POINTERS = _HALF_AMPERE | {128: _HALF_AMPERE[128] | {"key": [Config(32, 64, 8, 2)]}}
 TABLE = {
     "hopper": {2: _HALF_HOPPER, 4: _SINGLE},
+    "hopper pointers": {2: _HALF_POINTERS, 4: _SINGLE},
     "ampere": {2: _HALF_AMPERE, 4: _SINGLE},
     "small": {2: _HALF_SMALL, 4: _SINGLE},
 }
@@ -135,7 +141,7 @@ def candidates(kernel: str, chip_name: str, number_bytes: int, dim: int) -> list
     if chip_name == "interpreter":
         return [INTERPRETED]
     if chip_name == "hopper" and dim != padded(dim):
-        chip_name = "ampere"  # such rows are read through pointers, which need more registers than the copy engine
+        chip_name = "hopper pointers"
     return TABLE[chip_name][number_bytes][max(64, padded(dim))][kernel]
 
 
