@@ -7,7 +7,7 @@
 #include "call.h"
 #include "softmax.h"
 
-constexpr Index STEP_KEYS = 32;  // converted and multiplied at once
+constexpr Index STEP_KEYS = 32;  // multiplied while as many are asked for
 constexpr Index STAGE_KEYS = 2048, STAGE_ROW = STAGE_KEYS + 16;  // whose softmax is taken at once
 
 // Sums of the lanes of four vectors
@@ -23,21 +23,27 @@ static inline void sums_of(Vec a, Vec b, Vec c, Vec d, float* to) {
 }
 
 // R rows [dim] times four keys [dim]: to [R, 4], its rows STAGE_ROW apart
-template <int R> static inline void dots(const float* rows, Index dim, const float* const* keys, float* to) {
+template <int R, class T> static inline void dots(
+    const float* rows, Index dim, const T* const* keys, float* to, Ahead& next) {
     Vec sums[R][4];
-    const float *k0 = keys[0], *k1 = keys[1], *k2 = keys[2], *k3 = keys[3];
+    const T *k0 = keys[0], *k1 = keys[1], *k2 = keys[2], *k3 = keys[3];
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) sums[r][i] = Vec{};
+    constexpr int PARTS = sizeof(float) / sizeof(T);
 #pragma GCC unroll 2
-    for (Index d = 0; d < dim; d += LANES) {
-        Vec a = load(k0 + d), b = load(k1 + d), c = load(k2 + d), e = load(k3 + d);
+    for (Index d = 0; d < dim; d += PARTS * LANES) {
+        next.fetch(4 * sizeof(Vec));
+        Vec a[PARTS], b[PARTS], c[PARTS], e[PARTS];
+        take(k0 + d, a), take(k1 + d, b), take(k2 + d, c), take(k3 + d, e);
+#pragma GCC unroll 2
+        for (int part = 0; part < PARTS; part++)
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            Vec x = load(rows + r * dim + d);
-            sums[r][0] += x * a, sums[r][1] += x * b, sums[r][2] += x * c, sums[r][3] += x * e;
-        }
+            for (int r = 0; r < R; r++) {
+                Vec x = load(rows + r * dim + d + part * LANES);
+                sums[r][0] += x * a[part], sums[r][1] += x * b[part], sums[r][2] += x * c[part], sums[r][3] += x * e[part];
+            }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) sums_of(sums[r][0], sums[r][1], sums[r][2], sums[r][3], to + r * STAGE_ROW);
@@ -47,14 +53,12 @@ template <int R> static inline void dots(const float* rows, Index dim, const flo
 template <class T> struct Decode {
     const Call& c;
     Index rows;  // group x queries: row r is query r % n of the group's head r / n
-    std::vector<float> query, far_query, scores, keys, values;
+    std::vector<float> query, far_query, scores;
 
     explicit Decode(const Call& call) : c(call), rows(call.group() * call.queries) {
         query.resize(rows * c.dim);
         far_query.resize(rows * c.dim);
         scores.resize(rows * STAGE_ROW);
-        keys.resize(STEP_KEYS * c.dim);
-        values.resize(STEP_KEYS * c.dim);
     }
 
     Index position(Index r) const { return c.offset() + r % c.queries; }
@@ -68,17 +72,17 @@ template <class T> struct Decode {
     }
 
     // Scores of `count` keys, from score `first` on
-    void multiply(const float* from, const float* key, Index stride, Index count, Index first, Ahead next) {
+    void multiply(const float* from, const T* key, Index stride, Index count, Index first, Ahead next) {
         for (Index j = 0; j < count; j += 4) {
-            next.fetch(4 * c.dim * sizeof(T));
-            const float* k[4];
+            Ahead nothing{nullptr};
+            const T* k[4];
             for (Index i = 0; i < 4; i++) k[i] = key + std::min(j + i, count - 1) * stride;
             for (Index r = 0; r < rows;) {
                 Index left = rows - r, taken = left == 3 || left > 4 ? 3 : std::min<Index>(left, 2);
                 float* to = scores.data() + r * STAGE_ROW + first + j;
-                if (taken == 3) dots<3>(from + r * c.dim, c.dim, k, to);
-                if (taken == 2) dots<2>(from + r * c.dim, c.dim, k, to);
-                if (taken == 1) dots<1>(from + r * c.dim, c.dim, k, to);
+                if (taken == 3) dots<3>(from + r * c.dim, c.dim, k, to, r ? nothing : next);
+                if (taken == 2) dots<2>(from + r * c.dim, c.dim, k, to, r ? nothing : next);
+                if (taken == 1) dots<1>(from + r * c.dim, c.dim, k, to, r ? nothing : next);
                 r += taken;
             }
         }
@@ -86,7 +90,6 @@ template <class T> struct Decode {
 
     // Keys at positions [begin, end); with `far` the far keys as well
     void share(Index b, Index key_head, Index begin, Index end, bool far, Softmax& state) {
-        Index key_stride = 0, value_stride = 0;
         state.clear(rows);
         Index oldest = std::max(c.valid(b), c.offset() - c.window + 1);
         auto slot_of = [&](Index at) { return at + c.ring_start < c.keys ? at + c.ring_start : at + c.ring_start - c.keys; };
@@ -97,18 +100,15 @@ template <class T> struct Decode {
             gather(c.far_query, b, key_head, far_query.data());
             for (Index start = 0; start < c.far_count; start += STEP_KEYS) {
                 Index count = std::min(STEP_KEYS, c.far_count - start);
-                const float* key = floats(row_of<T>(c.far_key, b, key_head, start), count, c.dim, c.far_key.row,
-                                          keys.data(), key_stride);
-                const float* value = floats(row_of<T>(c.far_value, b, key_head, start), count, c.dim,
-                                            c.far_value.row, values.data(), value_stride);
-                multiply(far_query.data(), key, key_stride, count, 0, first);
+                multiply(far_query.data(), row_of<T>(c.far_key, b, key_head, start), c.far_key.row, count, 0, first);
                 for (Index r = 0; r < rows; r++) {
                     float* line = scores.data() + r * STAGE_ROW;
                     for (Index j = 0; j < count; j++)
                         if (position(r) - c.far_of(b)[start + j] < c.window) line[j] = NONE;
                     state.absorb(r, line, 0, 0, count, count);
                 }
-                multiply_rows(rows, scores.data(), STAGE_ROW, value, value_stride, count, state.out, c.dim);
+                const T* values = row_of<T>(c.far_value, b, key_head, start);
+                multiply_rows(rows, scores.data(), STAGE_ROW, values, c.far_value.row, count, state.out, c.dim);
             }
         }
         gather(c.query, b, key_head, query.data());
@@ -117,10 +117,9 @@ template <class T> struct Decode {
             Index count = std::min(std::min(STAGE_KEYS, end - start), c.keys - slot);
             for (Index j = 0; j < count; j += STEP_KEYS) {
                 Index some = std::min(STEP_KEYS, count - j);
-                const float* key = floats(key_at(slot + j), some, c.dim, c.key.row, keys.data(), key_stride);
                 bool last = j + some == count;
                 Ahead next = ahead(last ? value_at(slot) : key_at(slot + j + some));
-                multiply(query.data(), key, key_stride, some, j, next);
+                multiply(query.data(), key_at(slot + j), c.key.row, some, j, next);
             }
             for (Index r = 0; r < rows; r++) {
                 Index from = std::max(oldest, position(r) - c.window + 1) - start, to = position(r) + 1 - start;
@@ -129,10 +128,10 @@ template <class T> struct Decode {
             }
             for (Index j = 0; j < count; j += STEP_KEYS) {
                 Index some = std::min(STEP_KEYS, count - j);
-                const float* value = floats(value_at(slot + j), some, c.dim, c.value.row, values.data(), value_stride);
                 bool last = j + some == count;
                 Ahead next = ahead(last ? key_at(slot_of(start + count)) : value_at(slot + j + some));
-                multiply_rows(rows, scores.data() + j, STAGE_ROW, value, value_stride, some, state.out, c.dim, &next, sizeof(T));
+                multiply_rows(rows, scores.data() + j, STAGE_ROW, value_at(slot + j), c.value.row, some, state.out, c.dim,
+                              &next);
             }
             start += count;
         }

@@ -24,6 +24,9 @@ static inline void take(const BFloat16* p, Vec& a, Vec& b) {
     WordVec pairs = *(const WordVec*)p;
     a = (Vec)(pairs << 16), b = (Vec)(pairs & 0xffff0000u);
 }
+// One vector's worth of memory
+static inline void take(const float* p, Vec (&to)[1]) { to[0] = load(p); }
+static inline void take(const BFloat16* p, Vec (&to)[2]) { take(p, to[0], to[1]); }
 static inline WordVec rounded(Vec x) {  // to the nearest bfloat16, ties to even
     WordVec bits = (WordVec)x;
     return bits + 0x7fff + ((bits >> 16) & 1);
@@ -59,9 +62,10 @@ struct Ahead {
 };
 
 // C [M, 8 V] (+)= A [M, count] B [count, 8 V]; the numbers of a row of A lie `STEP` apart
-template <int M, int V, Index STEP = 1> static inline void tile(
-    const float* a, Index a_row, const float* b, Index b_row, Index count, float* c, Index c_row, bool add,
-    Ahead* ahead = nullptr, Index size = 0) {
+template <int M, int V, Index STEP = 1, class T> static inline void tile(
+    const float* a, Index a_row, const T* b, Index b_row, Index count, float* c, Index c_row, bool add,
+    Ahead* ahead = nullptr) {
+    static_assert(V % 2 == 0);
     Vec sums[M][V];
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
@@ -69,10 +73,10 @@ template <int M, int V, Index STEP = 1> static inline void tile(
         for (int v = 0; v < V; v++) sums[m][v] = add ? load(c + m * c_row + v * LANES) : Vec{};
 #pragma GCC unroll 2
     for (Index k = 0; k < count; k++) {
-        if (ahead) ahead->fetch(V * LANES * size);
+        if (ahead) ahead->fetch(V * LANES * sizeof(T));
         Vec right[V];
 #pragma GCC unroll 16
-        for (int v = 0; v < V; v++) right[v] = load(b + k * b_row + v * LANES);
+        for (int v = 0; v < V; v += 2) take(b + k * b_row + v * LANES, right[v], right[v + 1]);
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++)
 #pragma GCC unroll 16
@@ -85,21 +89,21 @@ template <int M, int V, Index STEP = 1> static inline void tile(
 }
 
 // Adds to C [rows, dim] the product A [rows, count] B [count, dim], for few rows
-static void multiply_rows(
-    Index rows, const float* a, Index a_row, const float* b, Index b_row, Index count, float* c, Index dim,
-    Ahead* ahead = nullptr, Index size = 0) {
+template <class T> static void multiply_rows(
+    Index rows, const float* a, Index a_row, const T* b, Index b_row, Index count, float* c, Index dim,
+    Ahead* ahead = nullptr) {
     for (Index r = 0; r < rows;) {
         Index left = rows - r, taken = left >= 6 ? 6 : left >= 4 ? 4 : left;
         const float* from = a + r * a_row;
         for (Index d = 0; d < dim;) {
             float* to = c + r * dim + d;
             Ahead* next = r ? nullptr : ahead;
-            if (taken == 1 && dim - d >= 64) { tile<1, 8>(from, a_row, b + d, b_row, count, to, dim, true, next, size); d += 64; continue; }
-            if (taken == 6) tile<6, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, size);
-            if (taken == 4) tile<4, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, size);
-            if (taken == 3) tile<3, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, size);
-            if (taken == 2) tile<2, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, size);
-            if (taken == 1) tile<1, 2>(from, a_row, b + d, b_row, count, to, dim, true, next, size);
+            if (taken == 1 && dim - d >= 64) { tile<1, 8>(from, a_row, b + d, b_row, count, to, dim, true, next); d += 64; continue; }
+            if (taken == 6) tile<6, 2>(from, a_row, b + d, b_row, count, to, dim, true, next);
+            if (taken == 4) tile<4, 2>(from, a_row, b + d, b_row, count, to, dim, true, next);
+            if (taken == 3) tile<3, 2>(from, a_row, b + d, b_row, count, to, dim, true, next);
+            if (taken == 2) tile<2, 2>(from, a_row, b + d, b_row, count, to, dim, true, next);
+            if (taken == 1) tile<1, 2>(from, a_row, b + d, b_row, count, to, dim, true, next);
             d += PANEL;
         }
         r += taken;
