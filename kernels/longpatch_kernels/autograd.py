@@ -13,17 +13,22 @@ from .inputs import LambdaInputs
 
 def differentiable(inputs: LambdaInputs, forward: Callable, gradients: Callable) -> tuple[Tensor, Tensor]:
     """`forward(inputs) -> (out, lse)`, differentiable by `gradients(inputs, out, lse, grad_out, grad_lse)`."""
-    tensors = inputs.tensors
-    dual = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-    if not dual and not wanted(inputs):
+    if not wanted(inputs) and not _dual(inputs):
         return forward(inputs)  # without autograd's bookkeeping, which a decode step would notice
     # forward-mode derivatives are refused by name here instead of lost
-    return _Attention.apply(*tensors, inputs, forward, gradients)
+    return _Attention.apply(*inputs.tensors, inputs, forward, gradients)
 
 
 def wanted(x: LambdaInputs) -> bool:
     """Whether gradients may be asked for."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in x.tensors)
+
+
+def _dual(x: LambdaInputs) -> bool:
+    """Whether forward-mode derivatives are asked for."""
+    if getattr(forward_ad, "_current_level", 0) < 0:  # no dual level is open: nothing to ask six tensors for
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in x.tensors)
 
 
 def autocasts(device: torch.device) -> bool:

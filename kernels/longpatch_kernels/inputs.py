@@ -81,9 +81,11 @@ class LambdaInputs:
 
     def dense(self) -> "LambdaInputs":
         """The same call with every row of head_dim numbers in one piece."""
-        if all(t is None or t.stride(-1) == 1 for t in self.tensors):
-            return self
-        return self.with_tensors(*(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in self.tensors))
+        tensors = self.tensors
+        for t in tensors:
+            if t is not None and t.stride(-1) != 1:
+                return self.with_tensors(*(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors))
+        return self
 
     def with_tensors(self, query, key, value, query_far, key_far, value_far) -> "LambdaInputs":
         far = self.far and replace(self.far, query=query_far, key=key_far, value=value_far)
@@ -148,8 +150,9 @@ def checked_inputs(
         if size == 0:
             reasons.append(f"no {what}: query has shape {list(query.shape)}, key {list(key.shape)}")
     tensors = [t for t in (query, key, value, query_far, key_far, value_far) if t is not None]
-    for name, kinds in (("dtype", [t.dtype for t in tensors]), ("device", [t.device for t in tensors])):
-        if any(kind != kinds[0] for kind in kinds):
+    for name in ("dtype", "device"):
+        kinds = [getattr(t, name) for t in tensors]
+        if kinds.count(kinds[0]) < len(kinds):
             reasons.append(f"queries, keys and values differ in {name}: {', '.join(map(str, kinds))}")
     expect("key", key, (batch, key_heads, keys, head_dim))
     expect("value", value, (batch, key_heads, keys, head_dim))
