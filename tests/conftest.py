@@ -43,3 +43,12 @@ def ask(tmp_path, monkeypatch):
         return read_records(tmp_path / out)
 
     return run
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory holds NaN, so that what is never written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
