@@ -146,7 +146,7 @@ MEASUREMENTS = [
         " --lengths 2048,4096,8192 --depths 5 --trials 1",
         text="One key a cell; with more of them, and amid real text: [recall.md](recall.md).",
         published=PASSKEY,
-        metrics=("exact", "fuzzy"),
+        metrics=("exact",),
         figure=True,
     ),
     Measurement(
