@@ -92,8 +92,8 @@ MEASUREMENTS = [
         "Two million tokens in one stream, SmolLM2-135M",
         "longpatch eval perplexity smollm2 BOOKS/5274.txt --local-branch 1024 --global-branch 4"
         " --length 210001 --repeat 10 --bucket 210000 --chunk 1024 --save-every 50000",
-        text="About 0.7 PFLOP: hours on a CPU. State is kept every 50,000 tokens; --resume goes on from there. This run "
-        "was stopped several times.",
+        text="About 0.7 PFLOP: hours on a CPU. State is kept every 50,000 tokens; --resume goes on from there. This "
+        "run was stopped several times.",
         metrics=STREAM,
     ),
     Measurement(
