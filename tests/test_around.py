@@ -126,10 +126,10 @@ def write_gguf(gguf, model, path):
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    characters = [chr(code) for code in range(33, 33 + config.vocab_size - 3)]
+    characters = [chr(code) for code in range(33, 33 + config.vocab_size - 4)]
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<s>", "Ġ", *characters, "()"])  # "Ġ" is how byte-level BPE writes a space
-    writer.add_token_merges(["( )"])
+    writer.add_token_list(["<s>", "Ġ", *characters, "()", "))"])  # "Ġ" is how byte-level BPE writes a space
+    writer.add_token_merges(["( )", ") )"])  # transformers 5.17 takes no list of one
     writer.add_bos_token_id(config.bos_token_id)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
