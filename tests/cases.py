@@ -97,3 +97,13 @@ def error(actual, expected):
     finite = expected > -torch.inf
     assert torch.equal(actual > -torch.inf, finite)
     return (actual[finite].double() - expected[finite]).abs().max().item() if finite.any() else 0.0
+
+
+def compare(arguments, implementation, through_lse=True, tolerance=2e-5):
+    """Everything `run` returns is that of the definition in float64, relative to the largest number of its kind."""
+    expected = run(arguments, "reference", torch.float64, through_lse)
+    actual = run(arguments, implementation, through_lse=through_lse)
+    for name, reference in expected.items():
+        visible = reference[reference > -torch.inf]
+        largest = visible.abs().max().item() if visible.numel() else 0.0
+        assert error(actual[name], reference) < tolerance * max(1.0, largest), name

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from longpatch_kernels import blocked, lambda_attention, native
 from longpatch_kernels.native.build import library
-from tests.cases import build, cases, error, run
+from tests.cases import build, cases, compare, error, run
 
 needs_compiler = pytest.mark.skipif(isinstance(library(), str), reason=f"{library()}")
 
@@ -40,14 +40,6 @@ STEP = cases(
 
 def check_float32(implementation, case):
     compare(build(case, torch.float32), implementation, case["through_lse"])
-
-
-def compare(arguments, implementation, through_lse):
-    expected = run(arguments, "reference", torch.float64, through_lse)
-    actual = run(arguments, implementation, through_lse=through_lse)
-    for name, reference in expected.items():
-        largest = reference[reference > -torch.inf].abs().max().item() if (reference > -torch.inf).any() else 0.0
-        assert error(actual[name], reference) < 2e-5 * max(1.0, largest), name
 
 
 def check_half(implementation, case, dtype):

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from longpatch_kernels import blocked, explain, lambda_attention
 from longpatch_kernels.blocked import bands
 from longpatch_kernels.native.build import library
-from tests.cases import cases
-from tests.equality import LONG, STEP, check_float32, check_half, compare, long_call
+from tests.cases import cases, compare
+from tests.equality import LONG, STEP, check_float32, check_half, long_call
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.cases import build, cases, error, run
+from tests.cases import build, cases, compare, run
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -72,13 +72,7 @@ def on_device(arguments):
 
 
 def check(case, dtype, tolerance):
-    arguments = on_device(build(case, dtype))
-    expected = run(arguments, "reference", torch.float64)
-    actual = run(arguments, "triton")
-    for name, reference in expected.items():
-        visible = reference[reference > -torch.inf]
-        largest = visible.abs().max().item() if visible.numel() else 0.0
-        assert error(actual[name], reference) <= tolerance * max(1.0, largest), name
+    compare(on_device(build(case, dtype)), "triton", tolerance=tolerance)
 
 
 @settings(max_examples=16, phases=PHASES)
