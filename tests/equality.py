@@ -13,7 +13,7 @@ from tests.cases import build, cases, compare, error, run
 
 needs_compiler = pytest.mark.skipif(isinstance(library(), str), reason=f"{library()}")
 
-# what runs in bands and in decode steps, up to sizes where the kernel's tiles, blocks and tails all occur
+# what runs in blocks, within the window and in decode steps, up to sizes where blocks, stretches and tails all occur
 PLAIN = {"softcap": st.none(), "alibi": st.just(False), "through_lse": st.just(False)}
 LONG = cases(
     batch=st.sampled_from([1, 1, 2]),
@@ -23,6 +23,16 @@ LONG = cases(
     cached=st.sampled_from([0, 0, 1, 130, 1100]),
     window=st.sampled_from([40, 200, 768, 777, 1024]),
     sinks=st.sampled_from([0, 10]),
+    **PLAIN,
+)
+WITHIN = cases(
+    group=st.sampled_from([1, 3]),
+    queries=st.integers(1, 900),
+    cached=st.just(0),
+    window=st.integers(900, 1000),
+    ring=st.none(),
+    padding=st.just(False),
+    recalled=st.just(False),
     **PLAIN,
 )
 STEP = cases(
@@ -55,7 +65,7 @@ def check_half(implementation, case, dtype):
     compare_with(run(arguments, implementation, through_lse=case["through_lse"]), expected.keys() - {"lse"})
     # with gradients it is computed in float32, without them in the dtype itself
     with ExitStack() as stack, torch.no_grad():
-        modules = native, blocked.decode, blocked.banded, blocked.general
+        modules = native, blocked.decode, blocked.causal, blocked.blocks
         ran = [stack.enter_context(patch.object(m, "forward", wraps=m.forward)) for m in modules]
         out, lse = lambda_attention(**arguments, implementation=implementation)
     assert [call.args[0].query.dtype for function in ran for call in function.call_args_list] == [dtype]

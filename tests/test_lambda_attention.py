@@ -5,12 +5,13 @@ from unittest.mock import patch
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from longpatch_kernels import blocked, explain, lambda_attention
-from longpatch_kernels.blocked import bands
+from longpatch_kernels.blocked import folded
 from longpatch_kernels.native.build import library
 from tests.cases import cases, compare
-from tests.equality import LONG, STEP, check_float32, check_half, long_call
+from tests.equality import LONG, PLAIN, STEP, WITHIN, check_float32, check_half, long_call
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -20,7 +21,14 @@ def test_float32_equals_the_definition(case):
     check_float32("blocked", case)
 
 
-@pytest.mark.parametrize(("name", "drawn", "examples"), [("banded", LONG, 12), ("decode", STEP, 25)])
+@pytest.mark.parametrize(
+    ("name", "drawn", "examples"),
+    [
+        ("blocks", LONG.filter(lambda case: case["cached"] or case["queries"] > case["window"]), 15),
+        ("causal", WITHIN, 12),
+        ("decode", STEP, 25),
+    ],
+)
 def test_each_cpu_algorithm_equals_the_definition(name, drawn, examples):
     @settings(max_examples=examples)
     @given(case=drawn)
@@ -28,30 +36,40 @@ def test_each_cpu_algorithm_equals_the_definition(name, drawn, examples):
         algorithm = getattr(blocked, name)
         with (
             patch.object(algorithm, "forward", wraps=algorithm.forward) as forward,
-            patch.object(blocked.banded, "backward", wraps=blocked.banded.backward) as backward,
+            patch.object(blocked.causal, "backward", wraps=blocked.causal.backward) as of_pytorch,
+            patch.object(blocked.blocks, "backward", wraps=blocked.blocks.backward) as backward,
         ):
             check_float32("blocked", case)
         assert forward.call_count == 1
-        assert backward.call_count == (name == "banded")
+        assert of_pytorch.call_count == (name == "causal")
+        assert backward.call_count == (name != "causal")
 
     check()
 
 
-@pytest.mark.parametrize(("group", "dtype"), [(1, "float32"), (3, "float32"), (1, "bfloat16")])
-def test_tall_blocks_and_their_folded_keys_equal_the_definition(group, dtype):
-    settled = {"batch": 2, "key_heads": 1, "group": group, "head_dim": 16, "queries": 1400, "cached": 30, "window": 500}
-    settled |= {"sinks": 4, "extra_distance": 0, "ring": int, "padding": False, "far_mask": True, "softcap": None}
-    case = settled | {"alibi": False, "through_lse": False, "seed": 5}
+FOLDED = cases(
+    group=st.sampled_from([1, 3]),
+    head_dim=st.sampled_from([16, 64]),
+    queries=st.integers(800, 1500),
+    cached=st.sampled_from([0, 1, 130, 600]),
+    window=st.sampled_from([400, 501, 640]),
+    sinks=st.sampled_from([0, 10]),
+    **PLAIN,
+)
+
+
+@settings(max_examples=12)
+@given(case=FOLDED)
+def test_wide_windows_folded_around_what_many_queries_see(case):
     with (
-        patch.object(bands, "FOLDED_WINDOW", 500),
-        patch.object(bands, "TALL_ROWS", 384),
-        patch.object(bands, "_two_bands", wraps=bands._two_bands) as folded,
+        patch.object(folded, "LEAST_WINDOW", 400),
+        patch.object(folded, "LEAST_KEYS", 16),
+        patch.object(folded, "ROWS", 384),
+        patch.object(folded, "_fold", wraps=folded._fold) as fold,
     ):
-        if dtype == "float32":
-            check_float32("blocked", case)
-        else:
-            check_half("blocked", case, torch.bfloat16)
-    assert folded.call_count > 2  # forward and backward
+        check_float32("blocked", case | {"padding": False, "ring": None})
+        assert fold.call_count
+        check_float32("blocked", case)
 
 
 @given(case=cases())
@@ -140,19 +158,18 @@ def test_the_rule_between_algorithms():
         return explain(query, key, key, window=64, **options).splitlines()[0]
 
     assert chosen(1, 500) == chosen(16, 500) == chosen(1, 500, group=32) == "auto runs blocked: decode"
-    assert chosen(1, 1) == chosen(17, 500) == chosen(2, 500, group=9) == "auto runs blocked: banded"
-    assert chosen(17, 500, dtype=torch.bfloat16) == "auto runs blocked: banded"
-    assert chosen(500, 500, dtype=torch.float64) == chosen(1, 500, softcap=3.0) == "auto runs blocked: general"
+    assert chosen(1, 1) == chosen(64, 64) == "auto runs blocked: causal"
+    assert chosen(17, 500) == chosen(2, 500, group=9) == "auto runs blocked: blocks"
+    assert chosen(17, 500, dtype=torch.bfloat16) == "auto runs blocked: blocks"
+    assert chosen(64, 64, dtype=torch.float64) == chosen(1, 500, softcap=3.0) == "auto runs blocked: blocks"
     for key_count, window, preferred in (
         (2048, 64, "native"),
-        (2048, 2048, "blocked: banded"),
-        (12, 8, "blocked: banded"),
+        (2048, 2048, "blocked: causal"),
+        (12, 8, "blocked: blocks"),
     ):
         tensor = torch.zeros(1, 2, key_count, 16)
         first = explain(tensor, tensor, tensor, window=window).splitlines()[0]
         assert first == f"auto runs {preferred}" or isinstance(library(), str)
-    assert [bands.block_queries(window, 1) for window in (16, 256, 1024)] == [64, 64, 192]
-    assert bands.block_queries(1024, 3) == 64
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "alibi_slopes": torch.ones(6), "far_distance": 50}])

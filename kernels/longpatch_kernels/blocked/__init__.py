@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import autograd
 from ..inputs import Gradients, LambdaInputs
-from . import banded, decode, general
+from . import blocks, causal, decode
 
 
 def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
@@ -35,18 +35,18 @@ def widened(x: LambdaInputs) -> LambdaInputs:
 
 
 def algorithm(x: LambdaInputs):
-    """The rule, from shapes alone; each later line is slower and covers more.
+    """The rule; the first that suits.
 
+    causal: on a CPU, no key has left a window yet: PyTorch's own attention.
     decode: on a CPU, a cache and one query, or few query rows a key head (`decode.MAX_ROWS`).
-    banded: on a CPU, every other call without soft-cap and ALiBi, in a type that PyTorch's own CPU kernel takes.
-    general: everything.
+    blocks: everything.
     """
-    plain = x.query.device.type == "cpu" and x.softcap is None and x.alibi_slopes is None and x.query_count > 0
-    if plain and decode.suits(x):
-        return decode
-    if plain and x.query.dtype in banded.DTYPES:
-        return banded
-    return general
+    if x.query.device.type == "cpu" and x.softcap is None and x.alibi_slopes is None and x.query_count > 0:
+        if causal.suits(x):
+            return causal
+        if decode.suits(x):
+            return decode
+    return blocks
 
 
 def explanation(x: LambdaInputs) -> str:
@@ -58,8 +58,8 @@ def gradients(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None
     """Gradients of the six tensors of `x`, from the forward's results and the gradients of these (None: not used)."""
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     # PyTorch's kernel has no second derivative and takes no gradient of lse, which is often zeros that nobody asked for
-    if algorithm(x) is banded and not torch.is_grad_enabled() and (grad_lse is None or not grad_lse.any()):
-        computed = banded.backward(x, out, lse, grad_out)
+    if algorithm(x) is causal and not torch.is_grad_enabled() and (grad_lse is None or not grad_lse.any()):
+        computed = causal.backward(x, out, lse, grad_out)
     else:
-        computed = general.backward(x, out, lse, grad_out, grad_lse)
+        computed = blocks.backward(x, out, lse, grad_out, grad_lse)
     return tuple(g if g is None else g.to(x.query.dtype) for g in computed)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import blocked
-from ..blocked import decode, general, widened
+from ..blocked import blocks, decode, widened
 from ..inputs import Gradients, LambdaInputs
 from .build import library
 
@@ -132,7 +132,7 @@ def gradients(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None
         return blocked.gradients(x, out, lse, grad_out, grad_lse)  # whose own gradients are known
     ordered = x.in_time_order()
     grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x.query, x.key, x.value)]
-    correction = general.correction_of(out, lse, grad_out, grad_lse)
+    correction = blocks.correction_of(out, lse, grad_out, grad_lse)
     kept = _Kept()
     found = _Gradients(
         out=kept.rows(grad_out),
@@ -142,5 +142,5 @@ def gradients(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None
     )
     if out.numel():
         _run("backward", torch.float32, kept.call(ordered), found)
-    far = (None,) * 3 if x.far is None else general.gradients_of(ordered, lse, grad_out, correction, ("far",))[3:]
+    far = (None,) * 3 if x.far is None else blocks.gradients_of(ordered, lse, grad_out, correction, ("far",))[3:]
     return x.as_stored((*grads, *far))
