@@ -28,7 +28,8 @@ WORDS = "It was a dark and stormy night, and the rain fell in torrents on the ro
 
 def write_base(folder):
     """A tiny Llama with the demo's tokenizer, and a book to read."""
-    tiny_llama(vocab_size=4096, initializer_range=0.05).save_pretrained(folder / "base")
+    # quantised layers work on blocks of 64
+    tiny_llama(vocab_size=4096, initializer_range=0.05, intermediate_size=128).save_pretrained(folder / "base")
     load()[1].save_pretrained(folder / "base")
     (folder / "book.txt").write_text("".join(f"{i} {WORDS}" for i in range(120)))
 

@@ -11,6 +11,7 @@ from ..convert import convert_model
 from ..errors import LongpatchError
 from ..interpolation import interpolate_rope
 from ..models import load_model
+from ..packing import unpack
 from .config import TrainConfig
 from .loss import chunk_loss
 from .sections import LoraSection
@@ -31,6 +32,7 @@ def prepare_model(config: TrainConfig) -> tuple[PeftModel, Any]:
         convert_model(model, section.local_branch, section.global_branch)
     elif section.attention == "shifted":
         shift_attention(model, section.group)
+    unpack(model)  # an evaluation during training would pack it
     peft_model: Any = get_peft_model(model, lora_config(model, config.lora))
     learn_in_float32(peft_model, getattr(torch, section.dtype))
     peft_model.config.use_cache = False

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LongpatchError
+from ..packing import unpacked
 from .adapter import Adapter
 from .loss import detached, scored_tokens, whole
 from .options import LearnOptions, make_options
@@ -70,7 +71,7 @@ class Learner:
     @contextmanager
     def attached(self) -> Iterator["Learner"]:
         """Adapters are on the model, whose own parameters are frozen, until this is left."""
-        with frozen(self.model):
+        with frozen(self.model), unpacked(self.model):
             try:
                 if self.adapter is not None:
                     self.adapter.attach()
