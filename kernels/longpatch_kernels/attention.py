@@ -1,7 +1,5 @@
 """`lambda_attention`: check the arguments, choose an implementation, run it."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
@@ -93,7 +91,9 @@ def lambda_attention(
     name = choose(implementation, inputs)
     if torch.compiler.is_compiling() and hasattr(IMPLEMENTATIONS[name], "gradients"):
         return compiled.run(inputs, name)
-    with without_autocast(query.device) if casts else nullcontext():
+    if not casts:
+        return IMPLEMENTATIONS[name].run(inputs)
+    with without_autocast(query.device):
         return IMPLEMENTATIONS[name].run(inputs)
 
 

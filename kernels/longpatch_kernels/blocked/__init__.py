@@ -41,7 +41,7 @@ def algorithm(x: LambdaInputs):
     decode: on a CPU, a cache and one query, or few query rows a key head (`decode.MAX_ROWS`).
     blocks: everything.
     """
-    if x.query.device.type == "cpu" and x.softcap is None and x.alibi_slopes is None and x.query_count > 0:
+    if x.query.is_cpu and x.softcap is None and x.alibi_slopes is None and x.query_count > 0:
         if causal.suits(x):
             return causal
         if decode.suits(x):

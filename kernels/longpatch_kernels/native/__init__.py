@@ -19,7 +19,7 @@ LEAST_PAIRS = 2**10  # of query and key: compiling takes seconds, once a machine
 
 def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
     reasons = []
-    if inputs.query.device.type != "cpu":
+    if not inputs.query.is_cpu:
         reasons.append(f"the tensors are on {inputs.query.device}")
     if inputs.query.dtype not in SUFFIX:
         reasons.append(f"dtype {inputs.query.dtype}; supported are float32 and bfloat16")
@@ -82,8 +82,11 @@ class _Kept(list):
     """Whatever the kernel reads, until it has."""
 
     def rows(self, tensor: Tensor) -> _Rows:
-        self.append(tensor if tensor.stride(-1) == 1 else tensor.contiguous())
-        return _Rows(self[-1].data_ptr(), *self[-1].stride()[:3])
+        batch, head, row, number = tensor.stride()
+        if number != 1:
+            return self.rows(tensor.contiguous())
+        self.append(tensor)
+        return _Rows(tensor.data_ptr(), batch, head, row)
 
     def numbers(self, tensor: Tensor, dtype: torch.dtype) -> int:
         self.append(tensor.to(dtype).contiguous())
@@ -112,7 +115,8 @@ def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     few = decode.suits(x)
     x = x if few else x.in_time_order()
     batch, heads, queries, dim = x.query.shape
-    out = x.query.new_empty(batch, queries, heads, dim).transpose(1, 2)
+    out = x.query.new_empty(batch, queries, heads, dim)
+    out = out.view(batch, heads, 1, dim) if queries == 1 else out.transpose(1, 2)
     lse = out.new_empty(batch, heads, queries, dtype=torch.float32)
     kept = _Kept()
     call = kept.call(x)
@@ -120,7 +124,7 @@ def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     if x.far is not None:
         call.far_query, call.far_key, call.far_value = map(kept.rows, (x.far.query, x.far.key, x.far.value))
         call.far_count, call.far_positions = x.far.key.shape[2], kept.numbers(x.far.positions, torch.int64)
-        call.far_positions_batch = call.far_count if len(x.far.positions) > 1 else 0
+        call.far_positions_batch = call.far_count if x.far.positions.shape[0] > 1 else 0
     if out.numel():
         _run("decode" if few else "prefill", x.query.dtype, call)
     return out, lse

@@ -79,7 +79,10 @@ template <class T> struct Decode {
             for (Index i = 0; i < 4; i++) k[i] = key + std::min(j + i, count - 1) * stride;
             for (Index r = 0; r < rows;) {
                 Index left = rows - r, taken = left == 3 || left > 4 ? 3 : std::min<Index>(left, 2);
+                if (MANY_REGISTERS && left >= 4 && left != 6) taken = 4;
                 float* to = scores.data() + r * STAGE_ROW + first + j;
+                if constexpr (MANY_REGISTERS)
+                    if (taken == 4) dots<4>(from + r * c.dim, c.dim, k, to, r ? nothing : next);
                 if (taken == 3) dots<3>(from + r * c.dim, c.dim, k, to, r ? nothing : next);
                 if (taken == 2) dots<2>(from + r * c.dim, c.dim, k, to, r ? nothing : next);
                 if (taken == 1) dots<1>(from + r * c.dim, c.dim, k, to, r ? nothing : next);

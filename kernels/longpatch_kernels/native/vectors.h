@@ -12,6 +12,11 @@ typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 struct BFloat16 { uint16_t bits; };
 
 constexpr Index LANES = 8, PANEL = 2 * LANES, TILE_ROWS = 6;
+#ifdef __AVX512VL__
+constexpr bool MANY_REGISTERS = true;  // 32 of them instead of 16
+#else
+constexpr bool MANY_REGISTERS = false;
+#endif
 
 static inline Vec load(const float* p) { return *(const Vec*)p; }
 static inline void store(float* p, Vec x) { *(Vec*)p = x; }
@@ -50,13 +55,13 @@ static inline Vec exp2(Vec x) {
 }
 
 // Memory that is read next, from rows that mostly lie one behind the other: asked for a little at a time, in order, so
-// that it comes while this is being computed
+// that it comes while this is being computed; and into the second cache, for in the first it would displace this
 struct Ahead {
     const char* data;  // null: the processor's own guess does as well
 
     void fetch(Index bytes) {
         if (!data) return;
-        for (Index at = 0; at < bytes; at += 64) __builtin_prefetch(data + at);
+        for (Index at = 0; at < bytes; at += 64) __builtin_prefetch(data + at, 0, 2);
         data += bytes;
     }
 };
@@ -99,6 +104,7 @@ template <class T> static void multiply_rows(
             float* to = c + r * dim + d;
             Ahead* next = r ? nullptr : ahead;
             if (taken == 1 && dim - d >= 64) { tile<1, 8>(from, a_row, b + d, b_row, count, to, dim, true, next); d += 64; continue; }
+            if (MANY_REGISTERS && taken == 4 && dim - d >= 32) { tile<4, 4>(from, a_row, b + d, b_row, count, to, dim, true, next); d += 32; continue; }
             if (taken == 6) tile<6, 2>(from, a_row, b + d, b_row, count, to, dim, true, next);
             if (taken == 4) tile<4, 2>(from, a_row, b + d, b_row, count, to, dim, true, next);
             if (taken == 3) tile<3, 2>(from, a_row, b + d, b_row, count, to, dim, true, next);
