@@ -51,7 +51,7 @@ class _Part:
 
     def __init__(self, block: Block, query: Tensor, key: Tensor, value: Tensor, keys: slice, far: FarSegment | None):
         self.block, self.query, self.keys, self.far = block, query, keys, far
-        self.key, self.value = key[:, keys].to(query.dtype), value[:, keys].to(query.dtype)  # [S, W, d]
+        self.key, self.value = key, value  # [S, W, d]
         self.slope: Tensor | None = None  # the soft-cap's derivative
 
     def scores(self, buffer: _Buffer) -> Tensor:
@@ -66,6 +66,7 @@ class _Part:
             if self.far is None:
                 distance = block.distance(self.keys)
             else:
+                assert self.far.distance is not None
                 distance = self.far.distance[:, None, None, None, :]
             block.apart(scores).sub_(slopes * distance)
         if self.far is None:
@@ -83,8 +84,8 @@ def _parts(block: Block, names: Sequence[str] = PARTS) -> Iterator[_Part]:
     if "window" in names:
         query, key, value = block.piece.window
         rows = block.matrix(query)
-        for stretch in block.stretches():
-            yield _Part(block, rows, key, value, stretch, None)
+        for keys in block.stretches():
+            yield _Part(block, rows, key[:, keys].to(rows.dtype), value[:, keys].to(rows.dtype), keys, None)
 
 
 class _Softmax:

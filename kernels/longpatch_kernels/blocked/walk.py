@@ -58,10 +58,11 @@ class Piece:
 
     @cached_property
     def far(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of the far segment."""
+        """The same of the far segment, whose few keys and values are in the computing dtype."""
         far = self.x.far
         assert far is not None
-        return self.grouped(far.query), far.key.flatten(0, 1), far.value.flatten(0, 1)
+        key, value = (t.flatten(0, 1).to(computing_dtype(t.dtype)) for t in (far.key, far.value))
+        return self.grouped(far.query), key, value
 
 
 def pieces(x: LambdaInputs) -> Iterator[Piece]:
@@ -114,13 +115,14 @@ class Block:
     """Queries `rows` of a piece. The heads of a group are rows of one matrix, [S, g R, d]."""
 
     def __init__(self, piece: Piece, rows: slice):
-        self.piece, self.rows, self.x = piece, rows, piece.x
+        self.piece, self.rows, self.x, self.group = piece, rows, piece.x, piece.x.group
         self.count = rows.stop - rows.start
         self.position = rows.start + self.x.key_count - self.x.query_count  # of the first query
 
     def matrix(self, grouped: Tensor) -> Tensor:
         """These rows of `[S, g, n, ...]` as `[S, g R, ...]` in the computing dtype."""
-        return grouped[:, :, self.rows].flatten(1, 2).to(computing_dtype(grouped.dtype))
+        rows = grouped[:, 0, self.rows] if self.group == 1 else grouped[:, :, self.rows].flatten(1, 2)
+        return rows.to(computing_dtype(rows.dtype))
 
     def target(self, targets: Tensor) -> Tensor:
         """These rows of `[b, Hkv, g, n, ...]`."""
@@ -128,7 +130,7 @@ class Block:
 
     def apart(self, matrix: Tensor) -> Tensor:
         """`[S, g R, W]` as `[b, Hkv, g, R, W]`."""
-        return matrix.view(len(self.x.query), -1, self.x.group, self.count, matrix.shape[-1])
+        return matrix.view(self.x.query.shape[0], -1, self.group, self.count, matrix.shape[-1])
 
     def stretches(self) -> Iterator[slice]:
         """The keys that these queries see, STRETCH_KEYS at a time at most; and some before, where that aligns them."""
@@ -196,5 +198,5 @@ class Block:
         position = torch.arange(self.position, self.position + self.count, device=scores.device)[:, None]
         hidden = (position - far.positions[:, None, :] < self.x.window)[:, None, None]
         if far.mask is not None:
-            hidden = hidden | ~self.target(far.mask.unflatten(1, (-1, self.x.group)))
+            hidden = hidden | ~self.target(far.mask.unflatten(1, (-1, self.group)))
         self.apart(scores).masked_fill_(hidden, -torch.inf)
