@@ -3,7 +3,7 @@
 An online softmax to base 2 over far keys and stretches of the window (Dao, arXiv 2307.08691). Backward computes the
 scores anew from the saved log-sum-exp. Half precision is computed in float32.
 
-Shapes: S = batch x key heads of a piece, g query heads a key head, R queries of a block, W keys of a stretch.
+Shapes: M blocks at a time, g query heads a key head, R queries of a block, W keys of a stretch.
 """
 
 import math
@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..inputs import FarSegment, Gradients, LambdaInputs, computing_dtype
+from ..inputs import Gradients, LambdaInputs, computing_dtype
 from . import folded
-from .walk import STRETCH_KEYS, Block, in_order, pieces
+from .walk import BLOCK_QUERIES, STRETCH_KEYS, Block, Far, pieces
 
 PARTS = ("window", "far")
 LOG2E, LN2 = math.log2(math.e), math.log(2)
@@ -49,47 +49,49 @@ class _Buffer:
 class _Part:
     """One block's queries against a stretch of the window or the far segment."""
 
-    def __init__(self, block: Block, query: Tensor, key: Tensor, value: Tensor, keys: slice, far: FarSegment | None):
+    def __init__(self, block: Block, query: Tensor, key: Tensor, value: Tensor, keys: slice, far: Far | None):
         self.block, self.query, self.keys, self.far = block, query, keys, far
-        self.key, self.value = key, value  # [S, W, d]
+        self.key, self.value = key, value  # [M, W, d]
         self.slope: Tensor | None = None  # the soft-cap's derivative
 
-    def scores(self, buffer: _Buffer) -> Tensor:
-        """[S, g R, W] to base 2, -inf where a key is not seen."""
-        block, x = self.block, self.block.x
+    def scores(self, x: LambdaInputs, buffer: _Buffer) -> Tensor:
+        """[M, g R, W] to base 2, -inf where a key is not seen."""
+        block, slopes = self.block, self.block.piece.slopes
         scores = buffer.product(self.query, self.key.mT, x.scale * LOG2E)
         if x.softcap is not None:
             capped = torch.tanh(scores / (x.softcap * LOG2E))
             scores, self.slope = capped * (x.softcap * LOG2E), 1 - capped.square()
-        if x.alibi_slopes is not None:
-            slopes = x.alibi_slopes.to(scores.dtype).view(-1, x.group, 1, 1) * LOG2E
-            if self.far is None:
-                distance = block.distance(self.keys)
-            else:
-                assert self.far.distance is not None
-                distance = self.far.distance[:, None, None, None, :]
-            block.apart(scores).sub_(slopes * distance)
+        if slopes is not None:
+            distance = block.distance(self.keys) if self.far is None else self.far.distance
+            assert distance is not None
+            block.apart(scores).sub_(slopes.to(scores.dtype)[..., None, None] * LOG2E * distance)
         if self.far is None:
             block.hide(scores, self.keys)
         else:
             block.hide_far(scores, self.far)
         return scores
 
+    def add(self, target: Tensor, left: Tensor, right: Tensor):
+        """`left.mT @ right` to a gradient of these keys or values."""
+        if self.far is None:
+            self.block.add_to_keys(target, self.keys, left, right)
+        else:
+            self.block.add_to_shared(target, left, right)
+
 
 def _parts(block: Block, names: Sequence[str] = PARTS) -> Iterator[_Part]:
     """The far segment, if one of the block's queries sees any of it, and the stretches of the window."""
-    if "far" in names and block.sees_far():
-        query, key, value = block.piece.far
-        yield _Part(block, block.matrix(query), key, value, slice(None), block.x.far)
+    piece, far = block.piece, block.piece.far
+    if "far" in names and far is not None and block.sees_far():
+        yield _Part(block, block.matrix(far.query), block.shared(far.key), block.shared(far.value), slice(None), far)
     if "window" in names:
-        query, key, value = block.piece.window
-        rows = block.matrix(query)
+        query = block.matrix(piece.query)
         for keys in block.stretches():
-            yield _Part(block, rows, key[:, keys].to(rows.dtype), value[:, keys].to(rows.dtype), keys, None)
+            yield _Part(block, query, block.keys(piece.key, keys), block.keys(piece.value, keys), keys, None)
 
 
 class _Softmax:
-    """The largest score [S, g R, 1], the sum of weights and the sum of weighted values [S, g R, d] so far."""
+    """The largest score [M, g R, 1], the sum of weights and the sum of weighted values [M, g R, d] so far."""
 
     largest: Tensor | None = None
     total: Tensor
@@ -97,11 +99,11 @@ class _Softmax:
 
     def __init__(self, block: Block, middle: folded.Middle | None):
         if middle is not None:
-            self.sums, lse = middle.of(block)
+            self.sums, lse = block.matrix(middle[0]).clone(), block.matrix(middle[1])
             self.largest, self.total = lse * LOG2E, torch.ones_like(lse)
 
     def absorb(self, seen: Sequence[tuple[Tensor, Tensor]]):
-        """Scores, which are used up, and the values [S, W, d] they belong to."""
+        """Scores, which are used up, and the values [M, W, d] they belong to."""
         largest = seen[0][0].amax(dim=-1, keepdim=True)
         for scores, _ in seen[1:]:
             torch.maximum(largest, scores.amax(dim=-1, keepdim=True), out=largest)
@@ -122,9 +124,9 @@ class _Softmax:
                 self.sums.baddbmm_(weights, value)
             self.largest = largest
 
-    def finish(self, block: Block, out: Tensor, lse: Tensor):
-        """Into the block's rows of out and lse [b, Hkv, g, n, ...], lse to base 2; 0 and -inf if nothing was seen."""
-        out, lse = block.target(out), block.target(lse)
+    def finish(self, block: Block):
+        """Into the block's rows of out and lse, lse to base 2; 0 and -inf if nothing was seen."""
+        out, lse = map(block.target, block.piece.along)
         if self.largest is None:
             out.zero_()
             lse.fill_(-torch.inf)
@@ -138,18 +140,23 @@ def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, n, d], in memory [B, n, Hq, d] as the next projection reads it, and log-sum-exp [B, Hq, n]."""
     out = torch.empty_like(x.query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     lse = out.new_empty(out.shape[:3], dtype=computing_dtype(out.dtype))
-    buffer = _Buffer(x.query)
-    for whole in pieces(in_order(x.dense())):
-        for piece, middle in folded.split(whole):
-            targets = piece.targets(out), piece.targets(lse)
+    buffer, x = _Buffer(x.query), _in_order(x.dense())
+    folds = folded.suits(x)
+    for whole in pieces(x, (out, lse)):
+        for piece, middle in folded.split(whole, x.scale) if folds else [(whole, None)]:
             for block in piece.blocks():
                 softmax = _Softmax(block, middle)
-                _attend(block, softmax, buffer)
-                softmax.finish(block, *targets)
+                _attend(x, block, softmax, buffer)
+                softmax.finish(block)
     return out, lse.mul_(LN2)
 
 
-def _attend(block: Block, softmax: _Softmax, buffer: _Buffer):
+def _in_order(x: LambdaInputs) -> LambdaInputs:
+    """The ring unrolled, unless one block reads all of it anyway."""
+    return x if x.query_count <= BLOCK_QUERIES else x.in_time_order()
+
+
+def _attend(x: LambdaInputs, block: Block, softmax: _Softmax, buffer: _Buffer):
     """All that a block sees, as much at once as MOST_KEYS allows."""
     seen, keys = [], 0
     for part in _parts(block):
@@ -158,7 +165,7 @@ def _attend(block: Block, softmax: _Softmax, buffer: _Buffer):
             softmax.absorb(seen)
             seen, keys = [], part.key.shape[1]
             buffer.free()
-        seen.append((part.scores(buffer), part.value))
+        seen.append((part.scores(x, buffer), part.value))
     if seen:
         softmax.absorb(seen)
         buffer.free()
@@ -179,35 +186,37 @@ def gradients_of(
     x: LambdaInputs, lse: Tensor, grad_out: Tensor, correction: Tensor, names: Sequence[str] = PARTS
 ) -> Gradients:
     """Gradients of the inputs, in the log-sum-exp's dtype; None for a part that is not named."""
-    ordered = in_order(x)
-    tensors = {"window": x.tensors[:3], "far": x.tensors[3:]}
+    ordered = _in_order(x)
     grads = {
-        name: [torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for t in tensors[name] if t is not None]
-        for name in names
+        name: [torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for t in tensors if t is not None]
+        for name, tensors in (("window", x.tensors[:3]), ("far", x.tensors[3:]))
+        if name in names
     }
     shift = lse.masked_fill(lse.isneginf(), 0.0) * LOG2E
-    buffer = _Buffer(lse, reused=not torch.is_grad_enabled())  # second derivatives keep what is computed here
-    for piece in pieces(ordered):
-        upstream = [piece.grouped(t[piece.of_queries]) for t in (grad_out, shift[..., None], correction[..., None])]
-        for block in piece.blocks():
-            block_grad, block_shift, block_correction = map(block.matrix, upstream)
+    given = {name: found for name, found in grads.items() if found}
+    of_queries = [found[0] for found in given.values()]
+    of_keys = [tensor for found in given.values() for tensor in found[1:]]
+    again = torch.is_grad_enabled()  # second derivatives keep what is computed here
+    buffer = _Buffer(lse, reused=not again)
+    for piece in pieces(ordered, (grad_out, shift[..., None], correction[..., None], *of_queries), of_keys):
+        for block in piece.blocks(neighbours=not again):
+            along, along_keys = block.piece.along, block.piece.along_keys
+            block_grad, block_shift, block_correction = map(block.matrix, along[:3])
+            targets = {
+                name: (along[3 + index], *along_keys[2 * index : 2 * index + 2]) for index, name in enumerate(given)
+            }
             for part in _parts(block, names):
-                of_query, of_key, of_value = grads["window" if part.far is None else "far"]
-                weights = part.scores(buffer).sub_(block_shift).exp2_()
-                _rows(of_value[piece.of_keys], part.keys).baddbmm_(weights.mT, block_grad)
+                of_query, of_key, of_value = targets["window" if part.far is None else "far"]
+                weights = part.scores(x, buffer).sub_(block_shift).exp2_()
+                part.add(of_value, weights, block_grad)
                 grad = buffer.product(block_grad, part.value.mT).sub_(block_correction).mul_(weights)
                 if part.slope is not None:
                     grad = grad * part.slope
-                _rows(of_key[piece.of_keys], part.keys).baddbmm_(grad.mT, part.query)
-                block.target(piece.targets(of_query)).add_(block.apart(torch.bmm(grad, part.key)))
+                part.add(of_key, grad, part.query)
+                block.target(of_query).add_(block.apart(torch.bmm(grad, part.key)))
                 buffer.free()
-    for query_key_value in grads.values():
-        for grad in query_key_value[:2]:
+    for found in grads.values():
+        for grad in found[:2]:
             grad.mul_(x.scale)
-    found = tuple(grad for name in PARTS for grad in grads.get(name) or [None] * 3)
-    return found if ordered is x else x.as_stored(found)
-
-
-def _rows(grads: Tensor, keys: slice) -> Tensor:
-    """A piece's `[b, Hkv, m, d]` of one gradient as a writable `[S, W, d]`."""
-    return grads[:, :, keys].flatten(0, 1)
+    whole = tuple(grad for name in PARTS for grad in grads.get(name) or [None] * 3)
+    return whole if ordered is x else x.as_stored(whole)
