@@ -97,8 +97,8 @@ class _Softmax:
     total: Tensor
     sums: Tensor
 
-    def __init__(self, block: Block, middle: folded.Middle | None):
-        if middle is not None:
+    def __init__(self, block: Block):
+        if middle := block.piece.along[2:]:
             self.sums, lse = block.matrix(middle[0]).clone(), block.matrix(middle[1])
             self.largest, self.total = lse * LOG2E, torch.ones_like(lse)
 
@@ -126,7 +126,7 @@ class _Softmax:
 
     def finish(self, block: Block):
         """Into the block's rows of out and lse, lse to base 2; 0 and -inf if nothing was seen."""
-        out, lse = map(block.target, block.piece.along)
+        out, lse = map(block.target, block.piece.along[:2])
         if self.largest is None:
             out.zero_()
             lse.fill_(-torch.inf)
@@ -143,9 +143,9 @@ def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     buffer, x = _Buffer(x.query), _in_order(x.dense())
     folds = folded.suits(x)
     for whole in pieces(x, (out, lse)):
-        for piece, middle in folded.split(whole, x.scale) if folds else [(whole, None)]:
+        for piece in folded.split(whole, x.scale) if folds else [whole]:
             for block in piece.blocks():
-                softmax = _Softmax(block, middle)
+                softmax = _Softmax(block)
                 _attend(x, block, softmax, buffer)
                 softmax.finish(block)
     return out, lse.mul_(LN2)
@@ -199,7 +199,9 @@ def gradients_of(
     again = torch.is_grad_enabled()  # second derivatives keep what is computed here
     buffer = _Buffer(lse, reused=not again)
     for piece in pieces(ordered, (grad_out, shift[..., None], correction[..., None], *of_queries), of_keys):
-        for block in piece.blocks(neighbours=not again):
+        # neighbours share keys, whose gradients have to be added one by one
+        neighbours = not again and piece.key.shape[0] % torch.get_num_threads() > 0
+        for block in piece.blocks(neighbours):
             along, along_keys = block.piece.along, block.piece.along_keys
             block_grad, block_shift, block_correction = map(block.matrix, along[:3])
             targets = {

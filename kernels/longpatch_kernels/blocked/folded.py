@@ -18,7 +18,6 @@ from .walk import BLOCK_QUERIES, Block, Piece
 LEAST_WINDOW = 2048
 LEAST_KEYS = 512  # in the middle
 ROWS = 768  # of a key head; from so many on the kernel works in tiles of 256 rows, its fastest
-Middle = tuple[Tensor, Tensor]  # out [S, g, T, d] and lse [S, g, T, 1] over the keys that all of a piece's queries see
 
 _kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -28,22 +27,27 @@ def suits(x: LambdaInputs) -> bool:
     return plain and x.window >= LEAST_WINDOW and x.query.is_cpu and x.query.dtype == torch.float32
 
 
-def split(piece: Piece, scale: float) -> Iterator[tuple[Piece, Middle | None]]:
-    """The piece in runs of T queries, each with its middle, where it has one."""
+def split(piece: Piece, scale: float) -> Iterator[Piece]:
+    """The piece in runs of T queries, where it can be folded.
+
+    Such a run has out [S, g, T, d] and lse [S, g, T, 1] over its middle, the keys that all of it see, as the last two
+    of `along`.
+    """
     group, count = piece.query.shape[1:3]
     length, edges, start = -(-ROWS // (BLOCK_QUERIES * group)) * BLOCK_QUERIES, {}, 0
     while start < count:
         run = Block(piece, slice(start, min(start + length, count)))
         middle = slice(max(piece.first, run.position + run.size - piece.window), run.position)
         if run.size == length and middle.stop - middle.start >= LEAST_KEYS:
-            yield _fold(run, middle, edges), _over(run, middle, scale)
+            made = _fold(run, middle, edges)
+            yield replace(made, along=(*made.along, *_over(run, middle, scale)))
         else:
             stop = run.position + run.size
-            yield _run(run, piece.key[:, :stop], piece.value[:, :stop]), None
+            yield _run(run, piece.key[:, :stop], piece.value[:, :stop])
         start = run.rows.stop
 
 
-def _over(run: Block, keys: slice, scale: float) -> Middle:
+def _over(run: Block, keys: slice, scale: float) -> tuple[Tensor, Tensor]:
     piece = run.piece
     out, lse = _kernel(run.matrix(piece.query)[None], piece.key[None, :, keys], piece.value[None, :, keys], scale=scale)
     return out[0].unflatten(1, (run.group, -1)), lse[0, ..., None].unflatten(1, (run.group, -1))

@@ -113,8 +113,9 @@ def pieces(x: LambdaInputs, along: Sequence[Tensor] = (), along_keys: Sequence[T
     keys = min(x.key_count if x.wraps else queries + min(x.window, x.key_count), STRETCH_KEYS)
     heads = max(1, SCORE_BYTES // (dtype.itemsize * max(1, group * queries * keys)))
     heads = -(-key_heads // -(-key_heads // heads))  # evenly
-    numbers = on_cpu and not x.wraps and x.first_valid is not None
-    padding = x.first_valid.clamp(min=0).tolist() if numbers else [0] * batch
+    padding, first_valid = [0] * batch, x.first_valid
+    if first_valid is not None and on_cpu and not x.wraps:
+        padding, first_valid = first_valid.clamp(min=0).tolist(), None
     for row in range(batch):
         for start in range(0, key_heads, heads):
             of_keys = row, slice(start, start + heads)
@@ -125,17 +126,16 @@ def pieces(x: LambdaInputs, along: Sequence[Tensor] = (), along_keys: Sequence[T
 
             far = x.far
             if far is not None:
-                given = far.given_positions
-                positions = given if given is None else given[min(row, len(given) - 1)]
-                reach = (0, far.key.shape[2] - 1) if given is None else None
-                if given is not None and on_cpu:
-                    reach = int(positions.min()), int(positions.max())
+                positions, reach = None, (0, far.key.shape[2] - 1)
+                if far.given_positions is not None:
+                    positions = far.given_positions[min(row, len(far.given_positions) - 1)]
+                    reach = (int(positions.min()), int(positions.max())) if on_cpu else None
                 far = Far(
                     query=grouped(far.query),
                     key=far.key[of_keys].to(dtype),
                     value=far.value[of_keys].to(dtype),
                     positions=positions,
-                    reach=reach if on_cpu else None,
+                    reach=reach,
                     mask=None if far.mask is None else grouped(far.mask),
                     distance=None if far.distance is None else far.distance[min(row, len(far.distance) - 1)],
                 )
@@ -147,7 +147,7 @@ def pieces(x: LambdaInputs, along: Sequence[Tensor] = (), along_keys: Sequence[T
                 window=x.window,
                 ring_start=x.ring_start if x.wraps else None,
                 first=padding[row],
-                first_valid=None if numbers or x.first_valid is None else x.first_valid[row],
+                first_valid=None if first_valid is None else first_valid[row],
                 slopes=None if x.alibi_slopes is None else x.alibi_slopes[of_queries[1]].view(-1, group),
                 along=tuple(map(grouped, along)),
                 along_keys=tuple(t[of_keys] for t in along_keys),
