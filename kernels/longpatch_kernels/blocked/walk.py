@@ -75,7 +75,7 @@ class Piece:
 
     def blocks(self, neighbours: bool = True) -> Iterator["Block"]:
         """One block of each head at a time; where windows are full, if wanted, some neighbours of one head."""
-        count, start = self.query.shape[2], 0
+        count = self.query.shape[2]
         full = max(0, self.first + self.window - 1 - self.offset)  # the first query whose window is
         full = min(-(-full // BLOCK_QUERIES) * BLOCK_QUERIES, count)
         several = (count - full) // BLOCK_QUERIES
