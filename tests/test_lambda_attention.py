@@ -1,13 +1,13 @@
 """`lambda_attention` in PyTorch alone, on a CPU, against the dense definition in float64: outputs and gradients."""
 
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longpatch_kernels import blocked, explain, lambda_attention
+from longpatch_kernels import attention, blocked, explain, lambda_attention
 from longpatch_kernels.blocked import folded
 from longpatch_kernels.native.build import library
 from tests.cases import cases, compare
@@ -192,6 +192,39 @@ def test_any_scale_will_do(scale, window):
     found = lambda_attention(query, query, query, window=window, scale=scale)
     wanted = lambda_attention(query, query, query, window=window, scale=scale, implementation="reference")
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_call_like_one_before_is_not_checked_again_and_any_other_is(monkeypatch):
+    checked = Mock(wraps=attention.checked_inputs)
+    monkeypatch.setattr(attention, "checked_inputs", checked)
+    monkeypatch.setattr(attention, "_chosen", {})
+    call = long_call(60, 20)
+    first = lambda_attention(**call)
+    call["key"] = call["key"] + 1
+    again = lambda_attention(**call)
+    assert checked.call_count == 1
+    assert torch.equal(again[0], lambda_attention(**call, implementation="native")[0]) or isinstance(library(), str)
+    assert not torch.equal(again[0], first[0])
+    checked.reset_mock()
+    for changed, reason in (
+        ({"ring_start": 60}, "ring_start is 60"),
+        ({"window": 0}, "window is 0"),
+        ({"far_positions": torch.zeros(3)}, "far_positions has shape"),
+        ({"first_valid": torch.zeros(3)}, "first_valid has shape"),
+        ({"value": call["value"].double()}, "differ in dtype"),
+        ({"key_far": None}, "come together"),
+        ({"key": call["key"][0]}, "key has shape"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            lambda_attention(**(call | changed))
+    assert len(attention._chosen) == 1
+    lambda_attention(**call, ring_start=7)
+    lambda_attention(**call, ring_start=8)
+    assert checked.call_count == 7
+    monkeypatch.setattr(attention, "MOST_CALLS", 2)
+    for window in range(21, 26):
+        lambda_attention(**(call | {"window": window}))
+        assert len(attention._chosen) <= 2
 
 
 def test_wrong_arguments_are_all_listed():

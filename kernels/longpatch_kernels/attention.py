@@ -1,12 +1,20 @@
 """`lambda_attention`: check the arguments, choose an implementation, run it."""
 
+from operator import attrgetter
+
 import torch
 from torch import Tensor
 
 from . import compiled
 from .autograd import autocast, autocasts, without_autocast
 from .implementations import IMPLEMENTATIONS, choose, explanation, reasons_against
-from .inputs import checked_inputs
+from .inputs import checked_inputs, filled_in
+
+MOST_CALLS = 1024
+# What "auto" chose for calls that were found right: a small call notices being checked (30 to 100 us where caches are
+# cold, as between the layers of a model), and most calls are like one before.
+_chosen: dict[tuple, str] = {}
+_kind = attrgetter("shape", "dtype", "device")
 
 
 def lambda_attention(
@@ -71,30 +79,42 @@ def lambda_attention(
     casts = autocasts(query.device)
     if casts:
         query, key, value, query_far, key_far, value_far = autocast(query, key, value, query_far, key_far, value_far)
-    inputs = checked_inputs(
-        query,
-        key,
-        value,
-        window=window,
-        query_far=query_far,
-        key_far=key_far,
-        value_far=value_far,
-        far_positions=far_positions,
-        far_mask=far_mask,
-        first_valid=first_valid,
-        ring_start=ring_start,
-        scale=scale,
-        alibi_slopes=alibi_slopes,
-        far_distance=far_distance,
-        softcap=softcap,
-    )
-    name = choose(implementation, inputs)
-    if torch.compiler.is_compiling() and hasattr(IMPLEMENTATIONS[name], "gradients"):
+    arguments = (
+        query, key, value, window, query_far, key_far, value_far, far_positions, far_mask, first_valid, ring_start,
+        scale, alibi_slopes, far_distance, softcap,
+    )  # fmt: skip
+    compiling = torch.compiler.is_compiling()
+    call = None if compiling or implementation != "auto" else _alike(*arguments)
+    name = None if call is None else _chosen.get(call)
+    inputs = checked_inputs(*arguments) if name is None else filled_in(*arguments)
+    if name is None:
+        name = choose(implementation, inputs)
+        if call is not None:
+            if len(_chosen) == MOST_CALLS:
+                _chosen.clear()
+            _chosen[call] = name
+    if compiling and hasattr(IMPLEMENTATIONS[name], "gradients"):
         return compiled.run(inputs, name)
     if not casts:
         return IMPLEMENTATIONS[name].run(inputs)
     with without_autocast(query.device):
         return IMPLEMENTATIONS[name].run(inputs)
+
+
+def _alike(
+    query, key, value, window, query_far, key_far, value_far, far_positions, far_mask, first_valid, ring_start, scale,
+    alibi_slopes, far_distance, softcap,
+) -> tuple | None:  # fmt: skip
+    """The same for two calls whose arguments are both right or both wrong, and for which "auto" makes the same choice.
+
+    None if that is not to be seen from kinds and numbers.
+    """
+    numbers = key.ndim == 4 and not isinstance(ring_start, Tensor) and not isinstance(far_distance, Tensor)
+    if not numbers or not 0 <= ring_start < max(1, key.shape[2]):
+        return None
+    options = query_far, key_far, value_far, far_positions, far_mask, first_valid, alibi_slopes
+    kinds = [t if t is None else _kind(t) for t in (query, key, value, *options)]
+    return window, scale, softcap, far_distance, *kinds
 
 
 def not_supported_reasons(implementation: str, query: Tensor, key: Tensor, value: Tensor, **options) -> list[str]:

@@ -32,7 +32,8 @@ def _dual(x: LambdaInputs) -> bool:
 
 
 def autocasts(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
 def autocast(query: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

@@ -120,7 +120,6 @@ def checked_inputs(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *,
     window: int,
     query_far: Tensor | None = None,
     key_far: Tensor | None = None,
@@ -175,7 +174,6 @@ def checked_inputs(
             reasons.append(f"ring_start is a {ring_start.dtype} tensor {list(ring_start.shape)}, expected one integer")
     elif keys and not 0 <= ring_start < keys:
         reasons.append(f"ring_start is {ring_start}, must lie in [0, {keys})")
-    far = None
     if query_far is not None and key_far is not None and value_far is not None:
         count = key_far.shape[2]
         expect("query_far", query_far, (batch, query_heads, queries, head_dim))
@@ -186,16 +184,8 @@ def checked_inputs(
             reasons.append(f"far_mask is {far_mask.dtype}, expected torch.bool")
         per_key = ((count,), (1, count), (batch, count))
         expect("far_positions", far_positions, *per_key)
-        if alibi_slopes is None:
-            far_distance = None
-        else:
-            far_distance = torch.as_tensor(window if far_distance is None else far_distance, device=query.device)
-            far_distance = far_distance.expand(count) if far_distance.ndim == 0 else far_distance
-            expect("far_distance", far_distance, *per_key)
-        if not reasons and count:
-            far_distance = far_distance if far_distance is None else far_distance.reshape(-1, count)
-            positions = far_positions if far_positions is None else far_positions.reshape(-1, count)
-            far = FarSegment(query_far, key_far, value_far, positions, far_mask, far_distance)
+        if alibi_slopes is not None and isinstance(far_distance, Tensor):
+            expect("far_distance", far_distance, (), *per_key)
     elif query_far is not None or key_far is not None or value_far is not None:
         reasons.append("query_far, key_far and value_far come together or not at all")
     else:
@@ -207,6 +197,26 @@ def checked_inputs(
         reasons.append(f"softcap is {softcap}, must be positive")
     if reasons:
         raise _error(reasons)
+    return filled_in(
+        query, key, value, window, query_far, key_far, value_far, far_positions, far_mask, first_valid, ring_start,
+        scale, alibi_slopes, far_distance, softcap,
+    )  # fmt: skip
+
+
+def filled_in(
+    query, key, value, window, query_far, key_far, value_far, far_positions, far_mask, first_valid, ring_start, scale,
+    alibi_slopes, far_distance, softcap,
+) -> LambdaInputs:  # fmt: skip
+    """What `checked_inputs` returns, of arguments that are known to be right."""
+    far = None
+    if key_far is not None and key_far.shape[2]:
+        count = key_far.shape[2]
+        positions = far_positions if far_positions is None else far_positions.reshape(-1, count)
+        distance = None
+        if alibi_slopes is not None:
+            distance = torch.as_tensor(window if far_distance is None else far_distance, device=query.device)
+            distance = (distance.expand(count) if distance.ndim == 0 else distance).reshape(-1, count)
+        far = FarSegment(query_far, key_far, value_far, positions, far_mask, distance)
     return LambdaInputs(
         query=query,
         key=key,
@@ -215,7 +225,7 @@ def checked_inputs(
         far=far,
         first_valid=None if first_valid is None else first_valid.contiguous(),
         ring_start=ring_start,
-        scale=head_dim**-0.5 if scale is None else scale,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
         alibi_slopes=alibi_slopes,
         softcap=softcap,
     )

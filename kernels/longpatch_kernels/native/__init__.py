@@ -1,13 +1,13 @@
 """Λ-attention on a CPU by a C++ kernel of our own, compiled on first use, and its gradients."""
 
 import ctypes
-import math
 
 import torch
 from torch import Tensor
 
 from .. import blocked
 from ..blocked import blocks, decode, widened
+from ..blocked.blocks import LOG2E
 from ..inputs import Gradients, LambdaInputs
 from .build import library
 
@@ -81,29 +81,35 @@ class _Gradients(ctypes.Structure):
 class _Kept(list):
     """Whatever the kernel reads, until it has."""
 
-    def rows(self, tensor: Tensor) -> _Rows:
+    def rows(self, tensor: Tensor) -> tuple[int, ...]:
+        """The fields of a _Rows."""
         batch, head, row, number = tensor.stride()
         if number != 1:
             return self.rows(tensor.contiguous())
         self.append(tensor)
-        return _Rows(tensor.data_ptr(), batch, head, row)
+        return tensor.data_ptr(), batch, head, row
 
     def numbers(self, tensor: Tensor, dtype: torch.dtype) -> int:
         self.append(tensor.to(dtype).contiguous())
         return self[-1].data_ptr()
 
-    def call(self, x: LambdaInputs) -> _Call:
-        """The call without its results and its far segment."""
+    def call(self, x: LambdaInputs, out: Tensor | None = None, lse: Tensor | None = None) -> _Call:
+        """The call, with its far segment where there are results to be written. By position: names take longer."""
+        nothing = (0, 0, 0, 0)
+        far_rows, positions, positions_batch, far_count, far = (nothing,) * 3, 0, 0, 0, x.far
+        if far is not None and out is not None:
+            far_rows, far_count = tuple(map(self.rows, (far.query, far.key, far.value))), far.key.shape[2]
+            places = far.positions
+            positions, positions_batch = self.numbers(places, torch.int64), far_count if places.shape[0] > 1 else 0
         batch, heads, queries, dim = x.query.shape
-        call = _Call(
-            query=self.rows(x.query), key=self.rows(x.key), value=self.rows(x.value),
-            batch=batch, heads=heads, key_heads=x.key.shape[1], queries=queries, keys=x.key_count, dim=dim,
-            window=x.window, ring_start=int(x.ring_start) % max(1, x.key_count), threads=torch.get_num_threads(),
-            scale=x.scale * math.log2(math.e),
+        key_heads, keys = x.key.shape[1:3]
+        return _Call(
+            self.rows(x.query), self.rows(x.key), self.rows(x.value), *far_rows,
+            nothing if out is None else self.rows(out), 0 if lse is None else lse.data_ptr(),
+            positions, positions_batch, 0 if x.first_valid is None else self.numbers(x.first_valid, torch.int64),
+            batch, heads, key_heads, queries, keys, dim, x.window, far_count,
+            int(x.ring_start) % max(1, keys), torch.get_num_threads(), x.scale * LOG2E,
         )  # fmt: skip
-        if x.first_valid is not None:
-            call.first_valid = self.numbers(x.first_valid, torch.int64)
-        return call
 
 
 def _run(name: str, dtype: torch.dtype, *arguments: ctypes.Structure) -> None:
@@ -119,14 +125,8 @@ def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     out = out.view(batch, heads, 1, dim) if queries == 1 else out.transpose(1, 2)
     lse = out.new_empty(batch, heads, queries, dtype=torch.float32)
     kept = _Kept()
-    call = kept.call(x)
-    call.out, call.lse = kept.rows(out), lse.data_ptr()
-    if x.far is not None:
-        call.far_query, call.far_key, call.far_value = map(kept.rows, (x.far.query, x.far.key, x.far.value))
-        call.far_count, call.far_positions = x.far.key.shape[2], kept.numbers(x.far.positions, torch.int64)
-        call.far_positions_batch = call.far_count if x.far.positions.shape[0] > 1 else 0
     if out.numel():
-        _run("decode" if few else "prefill", x.query.dtype, call)
+        _run("decode" if few else "prefill", x.query.dtype, kept.call(x, out, lse))
     return out, lse
 
 
