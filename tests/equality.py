@@ -65,7 +65,7 @@ def check_half(implementation, case, dtype):
     compare_with(run(arguments, implementation, through_lse=case["through_lse"]), expected.keys() - {"lse"})
     # with gradients it is computed in float32, without them in the dtype itself
     with ExitStack() as stack, torch.no_grad():
-        modules = native, blocked.decode, blocked.causal, blocked.blocks
+        modules = native, blocked.decode, blocked.causal, blocked.products
         ran = [stack.enter_context(patch.object(m, "forward", wraps=m.forward)) for m in modules]
         out, lse = lambda_attention(**arguments, implementation=implementation)
     assert [call.args[0].query.dtype for function in ran for call in function.call_args_list] == [dtype]

@@ -24,7 +24,7 @@ def test_float32_equals_the_definition(case):
 @pytest.mark.parametrize(
     ("name", "drawn", "examples"),
     [
-        ("blocks", LONG.filter(lambda case: case["cached"] or case["queries"] > case["window"]), 15),
+        ("products", LONG.filter(lambda case: case["cached"] or case["queries"] > case["window"]), 15),
         ("causal", WITHIN, 12),
         ("decode", STEP, 25),
     ],
@@ -37,7 +37,7 @@ def test_each_cpu_algorithm_equals_the_definition(name, drawn, examples):
         with (
             patch.object(algorithm, "forward", wraps=algorithm.forward) as forward,
             patch.object(blocked.causal, "backward", wraps=blocked.causal.backward) as of_pytorch,
-            patch.object(blocked.blocks, "backward", wraps=blocked.blocks.backward) as backward,
+            patch.object(blocked.products, "backward", wraps=blocked.products.backward) as backward,
         ):
             check_float32("blocked", case)
         assert forward.call_count == 1
@@ -159,13 +159,13 @@ def test_the_rule_between_algorithms():
 
     assert chosen(1, 500) == chosen(16, 500) == chosen(1, 500, group=32) == "auto runs blocked: decode"
     assert chosen(1, 1) == chosen(64, 64) == "auto runs blocked: causal"
-    assert chosen(17, 500) == chosen(2, 500, group=9) == "auto runs blocked: blocks"
-    assert chosen(17, 500, dtype=torch.bfloat16) == "auto runs blocked: blocks"
-    assert chosen(64, 64, dtype=torch.float64) == chosen(1, 500, softcap=3.0) == "auto runs blocked: blocks"
+    assert chosen(17, 500) == chosen(2, 500, group=9) == "auto runs blocked: products"
+    assert chosen(17, 500, dtype=torch.bfloat16) == "auto runs blocked: products"
+    assert chosen(64, 64, dtype=torch.float64) == chosen(1, 500, softcap=3.0) == "auto runs blocked: products"
     for key_count, window, preferred in (
         (2048, 64, "native"),
         (2048, 2048, "blocked: causal"),
-        (12, 8, "blocked: blocks"),
+        (12, 8, "blocked: products"),
     ):
         tensor = torch.zeros(1, 2, key_count, 16)
         first = explain(tensor, tensor, tensor, window=window).splitlines()[0]

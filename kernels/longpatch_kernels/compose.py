@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import autograd
-from .blocked import blocks
+from .blocked import products
 from .inputs import FarSegment, Gradients, LambdaInputs
 
 
@@ -45,7 +45,7 @@ def _gradients(
 ) -> Gradients:
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     if torch.is_grad_enabled():  # for second derivatives, which the libraries do not have
-        return blocks.backward(x, out, lse, grad_out, grad_lse)
+        return products.backward(x, out, lse, grad_out, grad_lse)
     window = window_backward(x, part, out, lse, grad_out, grad_lse)
     if x.far is None:
         return *window, None, None, None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import autograd
 from ..inputs import Gradients, LambdaInputs
-from . import blocks, causal, decode
+from . import causal, decode, products
 
 
 def not_supported_reasons(inputs: LambdaInputs) -> list[str]:
@@ -39,14 +39,14 @@ def algorithm(x: LambdaInputs):
 
     causal: on a CPU, no key has left a window yet: PyTorch's own attention.
     decode: on a CPU, a cache and one query, or few query rows a key head (`decode.MAX_ROWS`).
-    blocks: everything.
+    products: everything.
     """
     if x.query.is_cpu and x.softcap is None and x.alibi_slopes is None and x.query_count > 0:
         if causal.suits(x):
             return causal
         if decode.suits(x):
             return decode
-    return blocks
+    return products
 
 
 def explanation(x: LambdaInputs) -> str:
@@ -61,5 +61,5 @@ def gradients(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None
     if algorithm(x) is causal and not torch.is_grad_enabled() and (grad_lse is None or not grad_lse.any()):
         computed = causal.backward(x, out, lse, grad_out)
     else:
-        computed = blocks.backward(x, out, lse, grad_out, grad_lse)
+        computed = products.backward(x, out, lse, grad_out, grad_lse)
     return tuple(g if g is None else g.to(x.query.dtype) for g in computed)

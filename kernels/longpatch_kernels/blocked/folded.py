@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..inputs import LambdaInputs
-from .walk import BLOCK_QUERIES, Block, Piece
+from .block import Block
+from .pieces import BLOCK_QUERIES, Piece
 
 LEAST_WINDOW = 2048
 LEAST_KEYS = 512  # in the middle

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import blocked
-from ..blocked import blocks, decode, widened
-from ..blocked.blocks import LOG2E
+from ..blocked import decode, products, widened
+from ..blocked.products import LOG2E
 from ..inputs import Gradients, LambdaInputs
 from .build import library
 
@@ -136,7 +136,7 @@ def gradients(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None
         return blocked.gradients(x, out, lse, grad_out, grad_lse)  # whose own gradients are known
     ordered = x.in_time_order()
     grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (x.query, x.key, x.value)]
-    correction = blocks.correction_of(out, lse, grad_out, grad_lse)
+    correction = products.correction_of(out, lse, grad_out, grad_lse)
     kept = _Kept()
     found = _Gradients(
         out=kept.rows(grad_out),
@@ -146,5 +146,5 @@ def gradients(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None
     )
     if out.numel():
         _run("backward", torch.float32, kept.call(ordered), found)
-    far = (None,) * 3 if x.far is None else blocks.gradients_of(ordered, lse, grad_out, correction, ("far",))[3:]
+    far = (None,) * 3 if x.far is None else products.gradients_of(ordered, lse, grad_out, correction, ("far",))[3:]
     return x.as_stored((*grads, *far))

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import autograd
-from ..blocked import blocks
+from ..blocked import products
 from ..inputs import Gradients, LambdaInputs
 
 LARGEST_HEAD = 256
@@ -75,7 +75,7 @@ def gradients(x: LambdaInputs, out: Tensor, lse: Tensor, grad_out: Tensor | None
 
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     if torch.is_grad_enabled():  # for second derivatives, which the kernels do not have
-        return blocks.backward(x, out, lse, grad_out, grad_lse)
+        return products.backward(x, out, lse, grad_out, grad_lse)
     if out.numel() == 0:
         return tuple(t if t is None else torch.zeros_like(t) for t in x.tensors)
     wide = _wide(x).in_time_order()

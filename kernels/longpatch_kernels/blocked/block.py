@@ -1,157 +1,19 @@
-"""How a call is walked: one batch row, a few key heads, blocks of queries, stretches of keys; what each query sees.
+"""One block of queries, or some of them: its tensors, the stretches of keys that it sees, and what each query sees.
 
 Shapes: S key heads of a piece, g query heads a key head, R queries of a block, W keys of a stretch, f far keys. M
-blocks are computed at a time: one of each of S heads, or N neighbours of one head.
+blocks are computed at a time: one of each of S heads, or neighbours of one head.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ..inputs import LambdaInputs, computing_dtype
+from ..inputs import computing_dtype
+from .pieces import BLOCK_QUERIES, SCORE_BYTES, STRETCH_KEYS, Far, Piece
 
-SCORE_BYTES = 10 * 2**20  # scores that exist at one time: still in a CPU's last cache
-STRETCH_KEYS = 1280  # keys of one query among them
-# Queries of a block: more of them score more keys that not all of them see, fewer mean more calls. Measured: best at a
-# window of 256 and of 1,024 keys.
-BLOCK_QUERIES = 128
 ALIGNED = 16  # products into rows of a length that this does not divide took a tenth longer
-
-
-@dataclass(frozen=True)
-class Far:
-    """The far segment of a piece."""
-
-    query: Tensor  # [S, g, n, d]
-    key: Tensor  # [S, f, d] in the computing dtype, as value
-    value: Tensor
-    positions: Tensor | None  # [f]; None: 0..f-1
-    reach: tuple[int, int] | None  # the least and the largest of them; None where that is not known
-    mask: Tensor | None  # [S, g, n, f]
-    distance: Tensor | None  # [f]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some key heads of one batch row."""
-
-    query: Tensor  # [S, g, n, d]
-    key: Tensor  # [S, m, d]
-    value: Tensor  # [S, m, d]
-    far: Far | None
-    window: int
-    ring_start: int | Tensor | None  # None: in time order
-    first: int  # no key in front of it is seen
-    first_valid: Tensor | None  # the same as a tensor, where it is not known as a number
-    slopes: Tensor | None  # [S, g]
-    along: tuple[Tensor, ...] = ()  # whatever else has an axis of queries, [S, g, n, ...]
-    along_keys: tuple[Tensor, ...] = ()  # or of keys, [S, m, d] or [S, f, d]
-    edges: dict[tuple, Tensor] = field(default_factory=dict)  # masks that blocks share
-
-    @property
-    def offset(self) -> int:
-        return self.key.shape[1] - self.query.shape[2]
-
-    def one(self, head: int) -> "Piece":
-        """One of the key heads."""
-        chosen = slice(head, head + 1)
-        far = self.far
-        if far is not None:
-            mask = None if far.mask is None else far.mask[chosen]
-            far = replace(far, query=far.query[chosen], key=far.key[chosen], value=far.value[chosen], mask=mask)
-        return replace(
-            self,
-            query=self.query[chosen],
-            key=self.key[chosen],
-            value=self.value[chosen],
-            far=far,
-            slopes=None if self.slopes is None else self.slopes[chosen],
-            along=tuple(t[chosen] for t in self.along),
-            along_keys=tuple(t[chosen] for t in self.along_keys),
-        )
-
-    def blocks(self, neighbours: bool = True) -> Iterator["Block"]:
-        """One block of each head at a time; where windows are full, if wanted, some neighbours of one head."""
-        count = self.query.shape[2]
-        full = max(0, self.first + self.window - 1 - self.offset)  # the first query whose window is
-        full = min(-(-full // BLOCK_QUERIES) * BLOCK_QUERIES, count)
-        several = (count - full) // BLOCK_QUERIES
-        if not neighbours or several < 2 or self.ring_start is not None or self.first_valid is not None:
-            full, several = count, 0
-        for start in range(0, full, BLOCK_QUERIES):
-            yield Block(self, slice(start, min(start + BLOCK_QUERIES, full)))
-        stop = full + several * BLOCK_QUERIES
-        most = self._neighbours()
-        for head in range(self.query.shape[0] if several else 0):
-            one = self.one(head)
-            for start in range(full, stop, most * BLOCK_QUERIES):
-                rows = slice(start, min(start + most * BLOCK_QUERIES, stop))
-                yield Block(one, rows, (rows.stop - start) // BLOCK_QUERIES)
-        if stop < count:
-            yield Block(self, slice(stop, count))
-
-    def _neighbours(self) -> int:
-        """As many as SCORE_BYTES allows, the same for each thread."""
-        keys = min(self.window + BLOCK_QUERIES, STRETCH_KEYS)
-        number_bytes = computing_dtype(self.query.dtype).itemsize
-        most = SCORE_BYTES // (number_bytes * self.query.shape[1] * BLOCK_QUERIES * keys)
-        threads = torch.get_num_threads()
-        return max(1, most // threads) * threads
-
-
-def pieces(x: LambdaInputs, along: Sequence[Tensor] = (), along_keys: Sequence[Tensor] = ()) -> Iterator[Piece]:
-    """All of `x`, as many heads at a time as SCORE_BYTES allows.
-
-    With them go tensors [B, Hq, n, ...] and [B, Hkv, m, d] or [B, Hkv, f, d].
-    """
-    batch, key_heads = x.key.shape[:2]
-    group, on_cpu = x.group, x.query.is_cpu
-    queries, dtype = min(BLOCK_QUERIES, x.query_count), computing_dtype(x.query.dtype)
-    keys = min(x.key_count if x.wraps else queries + min(x.window, x.key_count), STRETCH_KEYS)
-    heads = max(1, SCORE_BYTES // (dtype.itemsize * max(1, group * queries * keys)))
-    heads = -(-key_heads // -(-key_heads // heads))  # evenly
-    padding, first_valid = [0] * batch, x.first_valid
-    if first_valid is not None and on_cpu and not x.wraps:
-        padding, first_valid = first_valid.clamp(min=0).tolist(), None
-    for row in range(batch):
-        for start in range(0, key_heads, heads):
-            of_keys = row, slice(start, start + heads)
-            of_queries = row, slice(start * group, (start + heads) * group)
-
-            def grouped(tensor: Tensor) -> Tensor:
-                return tensor[of_queries].unflatten(0, (-1, group))  # noqa: B023 (used at once)
-
-            far = x.far
-            if far is not None:
-                positions, reach = None, (0, far.key.shape[2] - 1)
-                if far.given_positions is not None:
-                    positions = far.given_positions[min(row, len(far.given_positions) - 1)]
-                    reach = (int(positions.min()), int(positions.max())) if on_cpu else None
-                far = Far(
-                    query=grouped(far.query),
-                    key=far.key[of_keys].to(dtype),
-                    value=far.value[of_keys].to(dtype),
-                    positions=positions,
-                    reach=reach,
-                    mask=None if far.mask is None else grouped(far.mask),
-                    distance=None if far.distance is None else far.distance[min(row, len(far.distance) - 1)],
-                )
-            yield Piece(
-                query=grouped(x.query),
-                key=x.key[of_keys],
-                value=x.value[of_keys],
-                far=far,
-                window=x.window,
-                ring_start=x.ring_start if x.wraps else None,
-                first=padding[row],
-                first_valid=None if first_valid is None else first_valid[row],
-                slopes=None if x.alibi_slopes is None else x.alibi_slopes[of_queries[1]].view(-1, group),
-                along=tuple(map(grouped, along)),
-                along_keys=tuple(t[of_keys] for t in along_keys),
-            )
 
 
 class Block:
@@ -289,3 +151,33 @@ class Block:
         if far.mask is not None:
             hidden = hidden | ~self.target(far.mask)
         self.apart(scores).masked_fill_(hidden, -torch.inf)
+
+
+def blocks(piece: Piece, neighbours: bool = True) -> Iterator[Block]:
+    """One block of each head at a time; where windows are full, if wanted, some neighbours of one head."""
+    count = piece.query.shape[2]
+    full = max(0, piece.first + piece.window - 1 - piece.offset)  # the first query whose window is
+    full = min(-(-full // BLOCK_QUERIES) * BLOCK_QUERIES, count)
+    several = (count - full) // BLOCK_QUERIES
+    if not neighbours or several < 2 or piece.ring_start is not None or piece.first_valid is not None:
+        full, several = count, 0
+    for start in range(0, full, BLOCK_QUERIES):
+        yield Block(piece, slice(start, min(start + BLOCK_QUERIES, full)))
+    stop = full + several * BLOCK_QUERIES
+    most = _neighbours(piece)
+    for head in range(piece.query.shape[0] if several else 0):
+        one = piece.one(head)
+        for start in range(full, stop, most * BLOCK_QUERIES):
+            rows = slice(start, min(start + most * BLOCK_QUERIES, stop))
+            yield Block(one, rows, (rows.stop - start) // BLOCK_QUERIES)
+    if stop < count:
+        yield Block(piece, slice(stop, count))
+
+
+def _neighbours(piece: Piece) -> int:
+    """As many as SCORE_BYTES allows, the same for each thread."""
+    keys = min(piece.window + BLOCK_QUERIES, STRETCH_KEYS)
+    number_bytes = computing_dtype(piece.query.dtype).itemsize
+    most = SCORE_BYTES // (number_bytes * piece.query.shape[1] * BLOCK_QUERIES * keys)
+    threads = torch.get_num_threads()
+    return max(1, most // threads) * threads

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..inputs import Gradients, LambdaInputs, computing_dtype
 from . import folded
-from .walk import BLOCK_QUERIES, STRETCH_KEYS, Block, Far, pieces
+from .block import Block, blocks
+from .pieces import BLOCK_QUERIES, STRETCH_KEYS, Far, pieces
 
 PARTS = ("window", "far")
 LOG2E, LN2 = math.log2(math.e), math.log(2)
@@ -144,7 +145,7 @@ def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     folds = folded.suits(x)
     for whole in pieces(x, (out, lse)):
         for piece in folded.split(whole, x.scale) if folds else [whole]:
-            for block in piece.blocks():
+            for block in blocks(piece):
                 softmax = _Softmax(block)
                 _attend(x, block, softmax, buffer)
                 softmax.finish(block)
@@ -201,7 +202,7 @@ def gradients_of(
     for piece in pieces(ordered, (grad_out, shift[..., None], correction[..., None], *of_queries), of_keys):
         # neighbours share keys, whose gradients have to be added one by one
         neighbours = not again and piece.key.shape[0] % torch.get_num_threads() > 0
-        for block in piece.blocks(neighbours):
+        for block in blocks(piece, neighbours):
             along, along_keys = block.piece.along, block.piece.along_keys
             block_grad, block_shift, block_correction = map(block.matrix, along[:3])
             targets = {
