@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..inputs import computing_dtype
-from .pieces import BLOCK_QUERIES, SCORE_BYTES, STRETCH_KEYS, Far, Piece
+from .pieces import BLOCK_QUERIES, STRETCH_KEYS, Far, Piece, blocks_at_a_time
 
 ALIGNED = 16  # products into rows of a length that this does not divide took a tenth longer
 
@@ -164,20 +164,19 @@ def blocks(piece: Piece, neighbours: bool = True) -> Iterator[Block]:
     for start in range(0, full, BLOCK_QUERIES):
         yield Block(piece, slice(start, min(start + BLOCK_QUERIES, full)))
     stop = full + several * BLOCK_QUERIES
-    most = _neighbours(piece)
+    step = _neighbours(piece, max(1, several)) * BLOCK_QUERIES
     for head in range(piece.query.shape[0] if several else 0):
         one = piece.one(head)
-        for start in range(full, stop, most * BLOCK_QUERIES):
-            rows = slice(start, min(start + most * BLOCK_QUERIES, stop))
+        for start in range(full, stop, step):
+            rows = slice(start, min(start + step, stop))
             yield Block(one, rows, (rows.stop - start) // BLOCK_QUERIES)
     if stop < count:
         yield Block(piece, slice(stop, count))
 
 
-def _neighbours(piece: Piece) -> int:
-    """As many as SCORE_BYTES allows, the same for each thread."""
-    keys = min(piece.window + BLOCK_QUERIES, STRETCH_KEYS)
-    number_bytes = computing_dtype(piece.query.dtype).itemsize
-    most = SCORE_BYTES // (number_bytes * piece.query.shape[1] * BLOCK_QUERIES * keys)
-    threads = torch.get_num_threads()
-    return max(1, most // threads) * threads
+def _neighbours(piece: Piece, several: int) -> int:
+    """How many of `several` at a time: what SCORE_BYTES allows, evenly, and the same number for each thread."""
+    keys, dtype, threads = piece.window + BLOCK_QUERIES, computing_dtype(piece.query.dtype), torch.get_num_threads()
+    most = max(1, blocks_at_a_time(piece.query.shape[1], BLOCK_QUERIES, keys, dtype) // threads) * threads
+    even = several / -(-several // most)
+    return math.ceil(even / threads) * threads

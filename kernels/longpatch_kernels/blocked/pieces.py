@@ -6,11 +6,12 @@ Shapes: S key heads of a piece, g query heads a key head, n queries, m window ke
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from ..inputs import LambdaInputs, computing_dtype
 
-SCORE_BYTES = 10 * 2**20  # scores that exist at one time: still in a CPU's last cache
+SCORE_BYTES = 5 * 2**20  # a thread, of scores that exist at one time: still in a CPU's last cache
 STRETCH_KEYS = 1280  # keys of one query among them
 # Queries of a block: more of them score more keys that not all of them see, fewer mean more calls. Measured: best at a
 # window of 256 and of 1,024 keys.
@@ -70,6 +71,12 @@ class Piece:
         )
 
 
+def blocks_at_a_time(group: int, queries: int, keys: int, dtype: torch.dtype) -> int:
+    """How many blocks of so many queries and keys have no more than SCORE_BYTES of scores."""
+    each = dtype.itemsize * group * queries * min(keys, STRETCH_KEYS)
+    return SCORE_BYTES * torch.get_num_threads() // max(1, each)
+
+
 def pieces(x: LambdaInputs, along: Sequence[Tensor] = (), along_keys: Sequence[Tensor] = ()) -> Iterator[Piece]:
     """All of `x`, as many heads at a time as SCORE_BYTES allows.
 
@@ -78,8 +85,8 @@ def pieces(x: LambdaInputs, along: Sequence[Tensor] = (), along_keys: Sequence[T
     batch, key_heads = x.key.shape[:2]
     group, on_cpu = x.group, x.query.is_cpu
     queries, dtype = min(BLOCK_QUERIES, x.query_count), computing_dtype(x.query.dtype)
-    keys = min(x.key_count if x.wraps else queries + min(x.window, x.key_count), STRETCH_KEYS)
-    heads = max(1, SCORE_BYTES // (dtype.itemsize * max(1, group * queries * keys)))
+    keys = x.key_count if x.wraps else queries + min(x.window, x.key_count)
+    heads = max(1, blocks_at_a_time(group, queries, keys, dtype))
     heads = -(-key_heads // -(-key_heads // heads))  # evenly
     padding, first_valid = [0] * batch, x.first_valid
     if first_valid is not None and on_cpu and not x.wraps:
