@@ -54,11 +54,14 @@ template <class T> struct Decode {
     const Call& c;
     Index rows;  // group x queries: row r is query r % n of the group's head r / n
     std::vector<float> query, far_query, scores;
+    std::vector<Index> begins, ends;  // of the scores that are seen in this stage, row by row
 
     explicit Decode(const Call& call) : c(call), rows(call.group() * call.queries) {
         query.resize(rows * c.dim);
         far_query.resize(rows * c.dim);
         scores.resize(rows * STAGE_ROW);
+        begins.resize(rows);
+        ends.resize(rows);
     }
 
     Index position(Index r) const { return c.offset() + r % c.queries; }
@@ -127,12 +130,16 @@ template <class T> struct Decode {
             for (Index r = 0; r < rows; r++) {
                 Index from = std::max(oldest, position(r) - c.window + 1) - start, to = position(r) + 1 - start;
                 from = std::min(std::max<Index>(from, 0), count);
-                state.absorb(r, scores.data() + r * STAGE_ROW, 0, from, std::min(to, count), count);
+                to = std::min(to, count);
+                bool seen = state.raise(r, scores.data() + r * STAGE_ROW, 0, from, to, count);
+                begins[r] = seen ? from : 0, ends[r] = seen ? to : 0;
             }
             for (Index j = 0; j < count; j += STEP_KEYS) {
                 Index some = std::min(STEP_KEYS, count - j);
                 bool last = j + some == count;
                 Ahead next = ahead(last ? key_at(slot_of(start + count)) : value_at(slot + j + some));
+                for (Index r = 0; r < rows; r++)  // a little at a time, while values are on their way
+                    state.weigh(r, scores.data() + r * STAGE_ROW, std::max(begins[r], j), std::min(ends[r], j + some));
                 multiply_rows(rows, scores.data() + j, STAGE_ROW, value_at(slot + j), c.value.row, some, state.out, c.dim,
                               &next);
             }

@@ -18,11 +18,12 @@ struct Softmax {
         std::fill(total, total + rows, 0.0f);
     }
 
-    // Scores [begin, end) of one row become weights; the rest of [first, last) becomes 0
-    void absorb(Index row, float* scores, Index first, Index begin, Index end, Index last) {
+    // The largest score takes in [begin, end) of one row; scores that are not seen become NONE up to whole vectors, the
+    // rest of [first, last) 0. Whether anything is seen.
+    bool raise(Index row, float* scores, Index first, Index begin, Index end, Index last) {
         if (begin >= end) {
             std::fill(scores + first, scores + last, 0.0f);
-            return;
+            return false;
         }
         Index down = begin / LANES * LANES, up = (end + LANES - 1) / LANES * LANES;
         std::fill(scores + down, scores + begin, NONE);
@@ -35,7 +36,7 @@ struct Softmax {
             if (std::any_of(scores + begin, scores + end, [](float score) { return std::isnan(score); }))
                 total[row] = std::numeric_limits<float>::quiet_NaN();
             std::fill(scores + first, scores + last, 0.0f);
-            return;
+            return false;
         }
         if (now > largest[row]) {
             float decay = std::exp2(largest[row] - now);
@@ -43,15 +44,24 @@ struct Softmax {
             total[row] *= decay;
             largest[row] = now;
         }
+        if (first < down) std::fill(scores + first, scores + down, 0.0f);
+        if (up < last) std::fill(scores + up, scores + last, 0.0f);
+        return true;
+    }
+
+    // Scores [begin, end) of one row, up to whole vectors, become weights
+    void weigh(Index row, float* scores, Index begin, Index end) {
         Vec sum = {};
-        for (Index j = down; j < up; j += LANES) {
-            Vec weight = exp2(load(scores + j) - now);
+        for (Index j = begin / LANES * LANES; j < end; j += LANES) {
+            Vec weight = exp2(load(scores + j) - largest[row]);
             store(scores + j, weight);
             sum += weight;
         }
         for (Index lane = 0; lane < LANES; lane++) total[row] += sum[lane];
-        if (first < down) std::fill(scores + first, scores + down, 0.0f);
-        if (up < last) std::fill(scores + up, scores + last, 0.0f);
+    }
+
+    void absorb(Index row, float* scores, Index first, Index begin, Index end, Index last) {
+        if (raise(row, scores, first, begin, end, last)) weigh(row, scores, begin, end);
     }
 
     template <class T> void finish(Index row, T* to, float* lse) const {
