@@ -232,6 +232,7 @@ def test_a_call_like_one_before_is_not_checked_again_and_any_other_is(monkeypatc
     for changed, reason in (
         ({"ring_start": 60}, "ring_start is 60"),
         ({"window": 0}, "window is 0"),
+        ({"window": 20.0}, "window is 20.0"),
         ({"softcap": -1.0}, "softcap is -1.0"),
         ({"far_positions": torch.zeros(3)}, "far_positions has shape"),
         ({"first_valid": torch.zeros(3)}, "first_valid has shape"),
@@ -244,7 +245,7 @@ def test_a_call_like_one_before_is_not_checked_again_and_any_other_is(monkeypatc
     assert len(attention._chosen) == 1
     lambda_attention(**call, ring_start=7)
     lambda_attention(**call, ring_start=8)
-    assert checked.call_count == 8
+    assert checked.call_count == 9
     monkeypatch.setattr(attention, "MOST_CALLS", 2)
     for window in range(21, 26):
         lambda_attention(**(call | {"window": window}))

@@ -109,8 +109,8 @@ def _alike(
 
     None if that is not to be seen from kinds and numbers.
     """
-    numbers = key.ndim == 4 and not isinstance(ring_start, Tensor) and not isinstance(far_distance, Tensor)
-    if not numbers or not 0 <= ring_start < max(1, key.shape[2]):
+    numbers = isinstance(window, int) and isinstance(far_distance, int | float | None) and isinstance(ring_start, int)
+    if not numbers or key.ndim != 4 or not 0 <= ring_start < max(1, key.shape[2]):
         return None
     options = query_far, key_far, value_far, far_positions, far_mask, first_valid, alibi_slopes
     kinds = [t if t is None else _kind(t) for t in (query, key, value, *options)]

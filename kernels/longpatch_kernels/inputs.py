@@ -184,8 +184,8 @@ def checked_inputs(
             reasons.append(f"far_mask is {far_mask.dtype}, expected torch.bool")
         per_key = ((count,), (1, count), (batch, count))
         expect("far_positions", far_positions, *per_key)
-        if alibi_slopes is not None and isinstance(far_distance, Tensor):
-            expect("far_distance", far_distance, (), *per_key)
+        if alibi_slopes is not None and far_distance is not None:
+            expect("far_distance", torch.as_tensor(far_distance), (), *per_key)
     elif query_far is not None or key_far is not None or value_far is not None:
         reasons.append("query_far, key_far and value_far come together or not at all")
     else:

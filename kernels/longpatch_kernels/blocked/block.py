@@ -30,13 +30,7 @@ class Block:
 
     def matrix(self, grouped: Tensor) -> Tensor:
         """These rows of `[S, g, n, ...]` as `[M, g R, ...]` in the computing dtype."""
-        if self.group == 1:
-            rows = (
-                grouped[:, 0, self.rows] if self.count == 1 else grouped[0, 0, self.rows].unflatten(0, (-1, self.size))
-            )
-        else:
-            rows = self.target(grouped).flatten(1, 2)
-        return rows.to(computing_dtype(rows.dtype))
+        return self.target(grouped).flatten(1, 2).to(computing_dtype(grouped.dtype))
 
     def target(self, grouped: Tensor) -> Tensor:
         """These rows of `[S, g, n, ...]` as a writable `[M, g, R, ...]`."""

@@ -7,7 +7,7 @@ from ..inputs import Gradients, LambdaInputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
@@ -30,7 +30,7 @@ def suits(x: LambdaInputs) -> bool:
 def forward(x: LambdaInputs) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, n, d] and log-sum-exp [B, Hq, n] in float32."""
     x = x.dense()  # the kernel does not ask for the last stride
-    out, lse = _kernel(*_expanded(x), 0.0, True, scale=x.scale)
+    out, lse = kernel(*_expanded(x), 0.0, True, scale=x.scale)
     return (out, lse) if x.group == 1 else (out.reshape(x.query.shape), lse.reshape(x.query.shape[:3]))
 
 

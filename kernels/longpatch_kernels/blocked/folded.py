@@ -14,13 +14,12 @@ from torch import Tensor
 
 from ..inputs import LambdaInputs
 from .block import Block
+from .causal import kernel
 from .pieces import BLOCK_QUERIES, Piece
 
 LEAST_WINDOW = 2048
 LEAST_KEYS = 512  # in the middle
 ROWS = 768  # of a key head; from so many on the kernel works in tiles of 256 rows, its fastest
-
-_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def suits(x: LambdaInputs) -> bool:
@@ -50,7 +49,7 @@ def split(piece: Piece, scale: float) -> Iterator[Piece]:
 
 def _over(run: Block, keys: slice, scale: float) -> tuple[Tensor, Tensor]:
     piece = run.piece
-    out, lse = _kernel(run.matrix(piece.query)[None], piece.key[None, :, keys], piece.value[None, :, keys], scale=scale)
+    out, lse = kernel(run.matrix(piece.query)[None], piece.key[None, :, keys], piece.value[None, :, keys], scale=scale)
     return out[0].unflatten(1, (run.group, -1)), lse[0, ..., None].unflatten(1, (run.group, -1))
 
 
